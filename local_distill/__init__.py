@@ -1,0 +1,120 @@
+"""Parts for local self-distillation in PyTorch: crop geometry, patch matching, losses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from local_distill.errors import (
+    ConfigError,
+    DataError,
+    GeometryError,
+    LocalDistillError,
+    MissingExtraError,
+    ShapeError,
+)
+from local_distill.geometry import (
+    cell_diagonals,
+    compose,
+    from_box,
+    from_matrix,
+    invert,
+    source_valid,
+    to_source,
+    token_centers,
+)
+from local_distill.heads import ProjectionHead
+from local_distill.losses import (
+    DistillationTerms,
+    GlobalDistillationLoss,
+    GlobalLocalDistillationLoss,
+    LocalDistillationLoss,
+    local_distillation_loss,
+)
+from local_distill.matching import (
+    NearestMatcher,
+    SimilarityMatcher,
+    match_views,
+    nearest_matches,
+    similarity_matches,
+)
+from local_distill.structures import (
+    CropGeometry,
+    Matcher,
+    Matches,
+    Targets,
+    TeacherTargets,
+    TokenGrid,
+    Tokens,
+    ViewOutput,
+)
+from local_distill.targets import Centering
+from local_distill.teacher import EmaTeacher
+
+if TYPE_CHECKING:
+    from local_distill.backbones import TimmBackbone, measure_token_grid
+    from local_distill.transforms import MultiCrop, track
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Centering",
+    "ConfigError",
+    "CropGeometry",
+    "DataError",
+    "DistillationTerms",
+    "EmaTeacher",
+    "GeometryError",
+    "GlobalDistillationLoss",
+    "GlobalLocalDistillationLoss",
+    "LocalDistillError",
+    "LocalDistillationLoss",
+    "Matcher",
+    "Matches",
+    "MissingExtraError",
+    "MultiCrop",
+    "NearestMatcher",
+    "ProjectionHead",
+    "ShapeError",
+    "SimilarityMatcher",
+    "Targets",
+    "TeacherTargets",
+    "TimmBackbone",
+    "TokenGrid",
+    "Tokens",
+    "ViewOutput",
+    "cell_diagonals",
+    "compose",
+    "from_box",
+    "from_matrix",
+    "invert",
+    "local_distillation_loss",
+    "match_views",
+    "measure_token_grid",
+    "nearest_matches",
+    "similarity_matches",
+    "source_valid",
+    "to_source",
+    "token_centers",
+    "track",
+]
+
+# Names that need an extra: imported when first asked for, so that the core needs torch, einops and
+# numpy alone.
+_LAZY = {
+    "MultiCrop": "local_distill.transforms",
+    "TimmBackbone": "local_distill.backbones",
+    "measure_token_grid": "local_distill.backbones",
+    "track": "local_distill.transforms",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,103 @@
+"""Projection heads: features → prototype logits."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from local_distill._check import check_at_least
+from local_distill._precision import at_least_float32
+from local_distill.errors import ShapeError
+
+__all__ = ["ProjectionHead"]
+
+
+class ProjectionHead(nn.Module):
+    """DINO's head: an MLP to a bottleneck, l2-normalised, times weight-normalised prototypes.
+
+    .. math:: logits = W·(z / ‖z‖), z = MLP(x), each row of W of norm g
+
+    Convention: it takes any leading axes, so one head serves a global token (b, d) and patch tokens
+    (b, n, d). The normalisation is done in at least float32.
+
+    Args:
+        in_dim: d, the features' dimension.
+        num_prototypes: c.
+        hidden_dim: width of the hidden layers.
+        bottleneck_dim: dimension before the prototypes.
+        num_layers: linear layers of the MLP; 1: a single one, without a hidden layer.
+        batch_norm: BatchNorm after the hidden layers, which then have no bias.
+        frozen_magnitude: keep every prototype's norm g at 1 instead of learning it; DINO's
+            ``norm_last_layer``.
+
+    Raises:
+        ConfigError: a dimension below 1.
+        ShapeError: at forward, features of another dimension.
+
+    Example:
+        >>> import torch
+        >>> head = ProjectionHead(8, num_prototypes=16, hidden_dim=32, bottleneck_dim=4)
+        >>> head(torch.randn(2, 9, 8)).shape
+        torch.Size([2, 9, 16])
+
+    Source: DINO (ICCV 2021), appendix C.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_prototypes: int,
+        *,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        num_layers: int = 3,
+        batch_norm: bool = False,
+        frozen_magnitude: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("in_dim", in_dim),
+            ("num_prototypes", num_prototypes),
+            ("hidden_dim", hidden_dim),
+            ("bottleneck_dim", bottleneck_dim),
+            ("num_layers", num_layers),
+        ):
+            check_at_least(name, value, 1)
+        self.in_dim = in_dim
+        self.num_prototypes = num_prototypes
+        widths = [in_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]
+        layers: list[nn.Module] = []
+        for position, (before, after) in enumerate(pairwise(widths)):
+            last = position == num_layers - 1
+            layers.append(nn.Linear(before, after, bias=last or not batch_norm))
+            if not last:
+                if batch_norm:
+                    layers.append(nn.BatchNorm1d(after))
+                layers.append(nn.GELU())
+        self.mlp = nn.Sequential(*layers)
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        prototypes = nn.Linear(bottleneck_dim, num_prototypes, bias=False)
+        self.prototypes = weight_norm(prototypes)
+        magnitude = self.prototypes.parametrizations.weight.original0
+        assert isinstance(magnitude, nn.Parameter)
+        nn.init.ones_(magnitude)
+        magnitude.requires_grad_(not frozen_magnitude)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features (…, d) to logits (…, c)."""
+        if features.shape[-1] != self.in_dim:
+            raise ShapeError(
+                f"axis `d` is {features.shape[-1]} in `features` (shape {tuple(features.shape)}) "
+                f"but this head was made for in_dim={self.in_dim}"
+            )
+        flat = features.reshape(-1, self.in_dim)
+        z = self.mlp(flat)
+        normal = nn.functional.normalize(at_least_float32(z), dim=-1, eps=1e-6).to(z.dtype)
+        logits: Tensor = self.prototypes(normal)
+        return logits.reshape(*features.shape[:-1], self.num_prototypes)

@@ -1,0 +1,153 @@
+"""The cross-entropy that the distillation losses share: over pairs of views, through matches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from local_distill._check import Axes, check_floating, values_visible
+from local_distill._precision import at_least_float32, widest
+from local_distill.distributed import all_reduce_sum, world_size
+from local_distill.errors import ConfigError, ShapeError
+from local_distill.structures import Matches, TeacherTargets
+
+Normalize = Literal["all", "matched", "image"]
+Pair = tuple[int, int]
+
+
+class Processes(NamedTuple):
+    """Over which processes a loss is averaged; inactive in evaluation, where nothing is sent."""
+
+    active: bool
+    group: dist.ProcessGroup | None = None
+
+    def sum(self, values: Tensor) -> Tensor:
+        return all_reduce_sum(values, self.group) if self.active else values.detach()
+
+    @property
+    def size(self) -> int:
+        return world_size(self.group) if self.active else 1
+
+
+def check_normalize(value: str) -> Normalize:
+    """Return a known normalisation."""
+    if value not in get_args(Normalize):
+        raise ConfigError(
+            f"`normalize` must be one of {', '.join(get_args(Normalize))}, got {value!r}"
+        )
+    known: Normalize = value  # type: ignore[assignment]
+    return known
+
+
+def check_pairs(
+    student_logits: Sequence[Tensor | None],
+    teacher_logits: Sequence[Tensor | None],
+    matches: Mapping[Pair, Matches],
+) -> None:
+    """Check all that the pairs name before anything is computed."""
+    for pair, found in matches.items():
+        v, q = pair
+        if not (0 <= v < len(student_logits) and 0 <= q < len(teacher_logits)):
+            raise ShapeError(
+                f"`matches` has the pair {pair} but there are {len(student_logits)} student and "
+                f"{len(teacher_logits)} teacher views; keys are (student view, teacher view)"
+            )
+        axes = Axes()
+        student = axes.bind(f"student_logits[{v}]", student_logits[v], "b s c")
+        teacher = axes.bind(f"teacher_logits[{q}]", teacher_logits[q], "b t c")
+        check_floating(f"student_logits[{v}]", student)
+        check_floating(f"teacher_logits[{q}]", teacher)
+        axes.bind(f"matches[{pair}].weight", found.weight, "b s k")
+        index = axes.bind(f"matches[{pair}].teacher_index", found.teacher_index, "b s k")
+        if values_visible(index) and index.numel() and int(index.max()) >= axes["t"]:
+            raise ShapeError(
+                f"`matches[{pair}].teacher_index` reaches {int(index.max())} but "
+                f"`teacher_logits[{q}]` has {axes['t']} tokens: matches of other views or grids?"
+            )
+
+
+def paired_cross_entropy(
+    student_logits: Sequence[Tensor | None],
+    targets: Mapping[int, TeacherTargets],
+    matches: Mapping[Pair, Matches],
+    *,
+    student_temp: float,
+    normalize: Normalize,
+    processes: Processes,
+) -> Tensor:
+    """Mean over the pairs of each pair's normalised cross-entropy.
+
+    For token i with p = Σ w·p_teacher, m = Σ w and z = (s_i - max s_i)/τ the cross-entropy is
+    m·logsumexp(z) - p·z. The pairs' scales are folded into p and m, so a student view's logits are
+    read once however many teacher views answer it.
+    """
+    scales = _scales(matches, normalize, processes)
+    probs = {q: target.probs() for q, target in targets.items()}
+    total: Tensor | None = None
+    for v, logits in enumerate(student_logits):
+        own = [pair for pair in matches if pair[0] == v]
+        if logits is None or not own:
+            continue
+        values = at_least_float32(logits)
+        target = torch.zeros_like(values)
+        mass = values.new_zeros(values.shape[:-1])
+        for pair in own:
+            scale = scales[pair].to(values.dtype)
+            target = target + scale[:, None, None] * matches[pair].gather(probs[pair[1]])
+            mass = mass + scale[:, None] * matches[pair].mass
+        z = (values - values.detach().amax(-1, keepdim=True)) / student_temp
+        # Before the logsumexp, not after: 0 · NaN is NaN, in the gradient too.
+        z = torch.where((mass > 0)[..., None], z, 0.0)
+        part = (mass * z.logsumexp(-1) - (target * z).sum(-1)).sum()
+        total = part if total is None else total + part
+    if total is None:
+        total = _zero(student_logits)
+    if processes.size == 1:
+        return total
+    # The whole batch's value with this rank's share of its gradient, times the number of processes
+    # because data-parallel wrappers average gradients.
+    share = total * processes.size
+    return share + (processes.sum(total) - share).detach()
+
+
+def _scales(
+    matches: Mapping[Pair, Matches], normalize: Normalize, processes: Processes
+) -> dict[Pair, Tensor]:
+    """Per pair (b,): what each image's sum is multiplied with."""
+    if not matches:
+        return {}
+    counts = []
+    for found in matches.values():
+        b, s, _ = found.weight.shape
+        if normalize == "matched":
+            counts.append(found.mass.sum())
+        else:
+            counts.append(found.weight.new_tensor(float(b * s if normalize == "all" else b)))
+    whole = processes.sum(torch.stack([widest(count) for count in counts]))
+    scales: dict[Pair, Tensor] = {}
+    for count, (pair, found) in zip(whole.unbind(), matches.items(), strict=True):
+        scale = _safe_inverse(count) / len(matches)
+        if normalize == "image":
+            scales[pair] = scale * _safe_inverse(found.mass.sum(-1).to(scale.dtype))
+        else:
+            scales[pair] = scale.expand(found.weight.shape[0])
+    return scales
+
+
+def _safe_inverse(values: Tensor) -> Tensor:
+    """1 / values, and 0 where there is nothing to divide by."""
+    some = values > 0
+    return torch.where(some, 1.0 / torch.where(some, values, 1.0), 0.0)
+
+
+def _zero(student_logits: Sequence[Tensor | None]) -> Tensor:
+    """A zero that hangs on the student's graph, so that backward works and NaN stays out."""
+    for logits in student_logits:
+        if logits is not None:
+            values = at_least_float32(logits)
+            return torch.where(torch.zeros_like(values, dtype=torch.bool), values, 0.0).sum()
+    return torch.zeros(())

@@ -1,0 +1,205 @@
+"""Teacher logits → teacher distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from local_distill._check import (
+    Axes,
+    check_at_least,
+    check_floating,
+    check_fraction,
+    check_positive,
+    check_sequence,
+)
+from local_distill._precision import at_least_float32
+from local_distill.distributed import all_reduce_sum
+from local_distill.errors import ShapeError
+from local_distill.structures import TeacherTargets
+
+__all__ = ["Centering"]
+
+
+class Centering(nn.Module):
+    """DINO's targets: subtract the running mean of the teacher's logits, then sharpen.
+
+    .. math:: p = softmax((t - center) / τ_t), center ← m·center + (1 - m)·mean(t)
+
+    The mean is over all tokens of all images of all teacher views and of all processes: sums *and
+    counts* are reduced, so ranks may hold different numbers of tokens, or none.
+
+    Convention: `forward` changes nothing; `update` alone does, and the losses call it after use.
+    A batch with a NaN or an infinity never enters the center: that update is skipped on every rank,
+    without a host sync, and counted in ``skipped``. The state stays float32 under ``half()``.
+
+    Args:
+        num_prototypes: the number c of prototypes.
+        momentum: m, in [0, 1).
+        process_group: the processes to reduce over; None: all of them.
+
+    Raises:
+        ConfigError: a number of prototypes below 1, a momentum outside [0, 1).
+
+    Example:
+        >>> targets = Centering(num_prototypes=2, momentum=0.5)
+        >>> logits = [torch.tensor([[2.0, 0.0], [4.0, 0.0]])]
+        >>> targets.update(logits)
+        >>> targets.center
+        tensor([1.5000, 0.0000])
+        >>> targets(logits, teacher_temp=1.0)[0].probs()
+        tensor([[0.6225, 0.3775],
+                [0.9241, 0.0759]])
+
+    Source: "Emerging Properties in Self-Supervised Vision Transformers" (DINO, ICCV 2021), eq. 4.
+    """
+
+    center: Tensor
+    skipped: Tensor
+    _sum: Tensor
+    _count: Tensor
+
+    def __init__(
+        self,
+        num_prototypes: int,
+        momentum: float = 0.9,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_prototypes = check_at_least("num_prototypes", num_prototypes, 1)
+        self.momentum = check_fraction("momentum", momentum, upper_open=True)
+        self.process_group = process_group
+        self._accumulating = False
+        self.register_buffer("center", torch.zeros(num_prototypes))
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
+        # What `accumulate` has summed so far; buffers, so that a checkpoint in between is whole.
+        self.register_buffer("_sum", torch.zeros(num_prototypes))
+        self.register_buffer("_count", torch.zeros(()))
+
+    def forward(
+        self,
+        teacher_logits: Sequence[Tensor],
+        *,
+        teacher_temp: float,
+        valid: Sequence[Tensor | None] | None = None,
+    ) -> list[TeacherTargets]:
+        """The targets of all teacher views.
+
+        Args:
+            teacher_logits: per view (b, c) or (b, t, c); they never receive a gradient.
+            teacher_temp: τ_t, above 0.
+            valid: per view (b,) or (b, t) bool, or None; not needed for centering's targets.
+
+        Returns:
+            One `TeacherTargets` per view.
+        """
+        teacher_temp = check_positive("teacher_temp", teacher_temp)
+        self._check_logits(teacher_logits, valid)
+        # A new tensor: `update` may change the center before the targets are worked out.
+        offset = -self.center / teacher_temp
+        return [TeacherTargets(logits.detach(), offset, teacher_temp) for logits in teacher_logits]
+
+    @torch.no_grad()
+    def update(
+        self, teacher_logits: Sequence[Tensor], valid: Sequence[Tensor | None] | None = None
+    ) -> None:
+        """Take these logits into the center.
+
+        Args:
+            teacher_logits: as in `forward`.
+            valid: per view (b,) or (b, t) bool, or None: rows left out of the mean.
+        """
+        self._check_logits(teacher_logits, valid)
+        total, count = self._sum.clone(), self._count.clone()
+        for view, logits in enumerate(teacher_logits):
+            rows = at_least_float32(logits.detach()).reshape(-1, self.num_prototypes)
+            keep = None if valid is None else valid[view]
+            if keep is None:
+                count = count + rows.shape[0]
+            else:
+                flags = keep.reshape(-1)
+                rows = torch.where(flags[:, None], rows, 0.0)
+                count = count + flags.sum()
+            total = total + rows.sum(0)
+        if self._accumulating:
+            good = total.isfinite().all()
+            self._sum.copy_(torch.where(good, total, self._sum))
+            self._count.copy_(torch.where(good, count, self._count))
+            self.skipped.add_((~good).to(torch.int64))
+            return
+        reduced = all_reduce_sum(torch.cat((total, count[None])), self.process_group)
+        total, count = reduced[:-1], reduced[-1]
+        mean = total / count.clamp_min(1.0)
+        finite = mean.isfinite().all()
+        moved = self.momentum * self.center + (1 - self.momentum) * mean
+        self.center.copy_(torch.where(finite & (count > 0), moved, self.center))
+        self.skipped.add_((~finite).to(torch.int64))
+        self._sum.zero_()
+        self._count.zero_()
+
+    @contextmanager
+    def accumulate(self, enabled: bool = True) -> Iterator[None]:
+        """Within it `update` only sums; the first update outside applies one step, as `no_sync`.
+
+        Args:
+            enabled: False makes the context do nothing: ``accumulate(not last_micro_batch)``.
+
+        Example:
+            >>> targets = Centering(1, momentum=0.0)
+            >>> with targets.accumulate():
+            ...     targets.update([torch.tensor([[1.0]])])
+            >>> targets.update([torch.tensor([[5.0]])])
+            >>> targets.center
+            tensor([3.])
+        """
+        before = self._accumulating
+        self._accumulating = before or enabled
+        try:
+            yield
+        finally:
+            self._accumulating = before
+
+    def extra_repr(self) -> str:
+        """The settings, for print."""
+        return f"num_prototypes={self.num_prototypes}, momentum={self.momentum}"
+
+    def _check_logits(
+        self, teacher_logits: Sequence[Tensor], valid: Sequence[Tensor | None] | None
+    ) -> None:
+        check_sequence("teacher_logits", teacher_logits, "a tensor of logits")
+        if valid is not None and len(valid) != len(teacher_logits):
+            raise ShapeError(
+                f"`valid` has {len(valid)} views but `teacher_logits` has {len(teacher_logits)}"
+            )
+        for view, logits in enumerate(teacher_logits):
+            name = f"teacher_logits[{view}]"
+            local = isinstance(logits, Tensor) and logits.dim() == 3
+            check_floating(name, Axes().bind(name, logits, "b t c" if local else "b c"))
+            if logits.shape[-1] != self.num_prototypes:
+                raise ShapeError(
+                    f"axis `c` is {logits.shape[-1]} in `{name}` (shape {tuple(logits.shape)}) but "
+                    f"these targets were made for num_prototypes={self.num_prototypes}"
+                )
+            keep = None if valid is None else valid[view]
+            if keep is not None and tuple(keep.shape) != tuple(logits.shape[:-1]):
+                raise ShapeError(
+                    f"`valid[{view}]` must have shape {tuple(logits.shape[:-1])} as `{name}` "
+                    f"without its prototypes, got {tuple(keep.shape)}"
+                )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Centering:
+        # A running mean kept in half precision would stop moving: half() and to(bfloat16) change
+        # the network around it, not this state.
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new: Any = getattr(self, name)
+            if new.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, old.to(new.device))
+        return self
