@@ -98,6 +98,7 @@ class ProjectionHead(nn.Module):
             )
         flat = features.reshape(-1, self.in_dim)
         z = self.mlp(flat)
-        normal = nn.functional.normalize(at_least_float32(z), dim=-1, eps=1e-6).to(z.dtype)
+        # Below this norm the direction is noise, and 1 / norm, its gradient, would leave float16.
+        normal = nn.functional.normalize(at_least_float32(z), dim=-1, eps=1e-4).to(z.dtype)
         logits: Tensor = self.prototypes(normal)
         return logits.reshape(*features.shape[:-1], self.num_prototypes)

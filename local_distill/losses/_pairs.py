@@ -98,7 +98,7 @@ def paired_cross_entropy(
         for pair in own:
             scale = scales[pair].to(values.dtype)
             target = target + scale[:, None, None] * matches[pair].gather(probs[pair[1]])
-            mass = mass + scale[:, None] * matches[pair].mass
+            mass = mass + scale[:, None] * matches[pair].weight.to(values.dtype).sum(-1)
         z = (values - values.detach().amax(-1, keepdim=True)) / student_temp
         # Before the logsumexp, not after: 0 · NaN is NaN, in the gradient too.
         z = torch.where((mass > 0)[..., None], z, 0.0)
@@ -124,7 +124,7 @@ def _scales(
     for found in matches.values():
         b, s, _ = found.weight.shape
         if normalize == "matched":
-            counts.append(found.mass.sum())
+            counts.append(widest(found.weight).sum())
         else:
             counts.append(found.weight.new_tensor(float(b * s if normalize == "all" else b)))
     whole = processes.sum(torch.stack([widest(count) for count in counts]))
@@ -132,7 +132,7 @@ def _scales(
     for count, (pair, found) in zip(whole.unbind(), matches.items(), strict=True):
         scale = _safe_inverse(count) / len(matches)
         if normalize == "image":
-            scales[pair] = scale * _safe_inverse(found.mass.sum(-1).to(scale.dtype))
+            scales[pair] = scale * _safe_inverse(widest(found.weight).sum((1, 2)))
         else:
             scales[pair] = scale.expand(found.weight.shape[0])
     return scales

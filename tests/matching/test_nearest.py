@@ -37,12 +37,8 @@ def check_against_oracle(student, teacher, matches, max_distance):
         elif max_distance is None or best[1] < max_distance - 1e-5:
             assert matched
             j = int(matches.teacher_index[image, i, 0])
-            p = oracles.center(
-                student.geometry, student.grid, image, *divmod(i, student.grid.cols)
-            )
-            q = oracles.center(
-                teacher.geometry, teacher.grid, image, *divmod(j, teacher.grid.cols)
-            )
+            p = oracles.center(student.geometry, student.grid, image, *divmod(i, student.grid.cols))
+            q = oracles.center(teacher.geometry, teacher.grid, image, *divmod(j, teacher.grid.cols))
             assert oracles.is_inside(q, teacher.geometry.source_size[image].tolist())
             assert math.hypot(p[0] - q[0], p[1] - q[1]) <= best[0] + slack
             if best[0] > 100 * slack:  # below, the two candidates' diagonals may differ
@@ -223,9 +219,7 @@ def test_lattice_refuses_a_turned_view_that_leaves_the_source():
     turned = Tokens(None, from_matrix(turn, (30, 30), (30, 30)), grid)
     with pytest.raises(GeometryError, match="search"):
         nearest_matches(turned, turned)
-    check_against_oracle(
-        turned, turned, nearest_matches(turned, turned, method="search"), 0.5
-    )
+    check_against_oracle(turned, turned, nearest_matches(turned, turned, method="search"), 0.5)
 
 
 def test_where_values_cannot_be_seen_nothing_wrong_is_matched():

@@ -1,0 +1,178 @@
+"""What the losses refuse, and that nothing is lost when they do."""
+
+import pytest
+import torch
+from helpers.strategies import random_geometry
+
+from local_distill import (
+    Centering,
+    ConfigError,
+    GlobalDistillationLoss,
+    GlobalLocalDistillationLoss,
+    LocalDistillationLoss,
+    Matches,
+    NearestMatcher,
+    ShapeError,
+    TokenGrid,
+    Tokens,
+    ViewOutput,
+    match_views,
+)
+
+
+def step(**change):
+    parts = {
+        "student_logits": [torch.randn(2, 3, 5)],
+        "teacher_logits": [torch.randn(2, 4, 5)],
+        "matches": {(0, 0): Matches(torch.zeros(2, 3, 1).long(), torch.ones(2, 3, 1), torch.zeros(2, 3))},
+        "teacher_temp": 0.04,
+    }  # fmt: skip
+    return parts | change
+
+
+def matches(b=2, s=3, top=0):
+    index = torch.zeros(b, s, 1).long()
+    index[-1, -1] = top
+    return {(0, 0): Matches(index, torch.ones(b, s, 1), torch.zeros(b, s))}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"teacher_logits": [torch.randn(2, 4, 6)]}, "axis `c` is 5 in `student_logits.0.` but 6"),
+        ({"teacher_logits": [torch.randn(1, 4, 5)]}, "axis `b` is 2 in `student_logits.0.` but 1"),
+        ({"student_logits": [torch.randn(2, 3, 1)]}, "axis `c` is 1"),
+        ({"student_logits": [torch.randn(2, 2, 5)]}, "axis `s` is 2"),
+        ({"student_logits": torch.randn(2, 3, 5)}, "`student_logits` must be a list"),
+        ({"student_logits": [torch.randn(2, 5)]}, "must have 3 axes `b s c`"),
+        ({"student_logits": [None]}, "must be a tensor"),
+        ({"student_logits": [torch.ones(2, 3, 5).long()]}, "floating-point"),
+        ({"matches": {(1, 0): None}}, r"pair \(1, 0\) but there are 1 student"),
+        ({"matches": matches(top=4)}, "reaches 4"),
+        ({"matches": matches(b=1)}, "axis `b`"),
+        ({"teacher_valid": [None, None]}, "`teacher_valid` has 2 views"),
+        ({"teacher_valid": [torch.ones(2, 3, dtype=torch.bool)]}, r"`valid\[0\]`"),
+    ],
+)
+def test_shapes_are_refused_by_name_and_no_state_moves(change, text):
+    loss = LocalDistillationLoss(Centering(5))
+    with pytest.raises(ShapeError, match=text):
+        loss(**step(**change))
+    assert float(loss.targets.center.abs().max()) == 0
+
+
+def test_prototypes_of_the_targets_must_fit():
+    with pytest.raises(ShapeError, match="num_prototypes=8"):
+        LocalDistillationLoss(Centering(8))(**step())
+
+
+@pytest.mark.parametrize("temp", [0.0, -0.1, float("nan"), float("inf"), None])
+def test_temperatures_must_be_above_zero(temp):
+    loss = LocalDistillationLoss(Centering(5))
+    with pytest.raises(ConfigError, match="teacher_temp"):
+        loss(**step(teacher_temp=temp))
+    with pytest.raises(ConfigError, match="student_temp"):
+        LocalDistillationLoss(Centering(5), student_temp=temp)
+    with pytest.raises(ConfigError, match="student_temp"):
+        GlobalDistillationLoss(Centering(5), student_temp=temp)
+
+
+def test_unknown_normalization():
+    with pytest.raises(ConfigError, match="all, matched, image"):
+        LocalDistillationLoss(Centering(5), normalize="mean")
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "pairs", "text"),
+    [
+        ([torch.randn(2, 5)], [torch.randn(2, 5)], None, "no pair of different views"),
+        ([torch.randn(2, 5)], [torch.randn(1, 5)], [(0, 0)], "axis `b`"),
+        ([torch.randn(2, 5)], [torch.randn(2, 6)], [(0, 0)], "axis `c`"),
+        ([torch.randn(2, 5)], [torch.randn(2, 5)], [(0, 3)], "names .0, 3."),
+        (torch.randn(2, 5), [torch.randn(2, 5)], None, "must be a list"),
+    ],
+)
+def test_global_inputs_are_refused(student, teacher, pairs, text):
+    with pytest.raises(ShapeError, match=text):
+        GlobalDistillationLoss(Centering(5))(student, teacher, teacher_temp=0.04, pairs=pairs)
+
+
+def outputs(views, *, token_logits=True, seed=0):
+    grid = TokenGrid.tiling(2, 3, (24, 40))
+    found = []
+    for view in range(views):
+        g = torch.Generator().manual_seed(seed + view)
+        tokens = Tokens(torch.randn(2, 6, 4, generator=g), random_geometry(seed=view), grid)
+        local = torch.randn(2, 6, 7, generator=g) if token_logits else None
+        found.append(ViewOutput(torch.randn(2, 5, generator=g), local, tokens))
+    return found
+
+
+def build(**weights):
+    return GlobalLocalDistillationLoss(
+        GlobalDistillationLoss(Centering(5)),
+        LocalDistillationLoss(Centering(7)),
+        NearestMatcher(),
+        **weights,
+    )
+
+
+def test_global_and_local_are_put_together():
+    student, teacher = outputs(3), outputs(2, seed=50)
+    terms = build(global_weight=0.3, local_weight=2.0)(student, teacher, teacher_temp=0.04)
+    whole = GlobalDistillationLoss(Centering(5))(
+        [view.global_logits for view in student],
+        [view.global_logits for view in teacher],
+        teacher_temp=0.04,
+    )
+    found = match_views(
+        NearestMatcher(), [view.tokens for view in student], [view.tokens for view in teacher]
+    )
+    local = LocalDistillationLoss(Centering(7))(
+        [view.token_logits for view in student],
+        [view.token_logits for view in teacher],
+        found,
+        teacher_temp=0.04,
+    )
+    torch.testing.assert_close(terms.global_loss, whole)
+    torch.testing.assert_close(terms.local_loss, local)
+    torch.testing.assert_close(terms.loss, 0.3 * whole + 2.0 * local)
+    assert sorted(terms.matches) == [(0, 1), (1, 0), (2, 0), (2, 1)]
+
+
+def test_views_without_token_logits_take_no_part_locally():
+    student, teacher = outputs(3), outputs(2, seed=50)
+    student[2] = student[2]._replace(token_logits=None)
+    student[1] = student[1]._replace(global_logits=None)
+    terms = build()(student, teacher, teacher_temp=0.04)
+    assert sorted(terms.matches) == [(0, 1), (1, 0)]
+    wanted = GlobalDistillationLoss(Centering(5))(
+        [student[0].global_logits, student[2].global_logits],
+        [view.global_logits for view in teacher],
+        teacher_temp=0.04,
+        pairs=[(0, 1), (1, 0), (1, 1)],
+    )
+    torch.testing.assert_close(terms.global_loss, wanted)
+
+
+def test_nothing_local_is_an_error():
+    views = outputs(2, token_logits=False)
+    with pytest.raises(ShapeError, match="use GlobalDistillationLoss"):
+        build()(views, views, teacher_temp=0.04)
+
+
+def test_shared_targets_and_bad_weights_are_refused():
+    targets = Centering(5)
+    with pytest.raises(ConfigError, match="give each its own"):
+        GlobalLocalDistillationLoss(
+            GlobalDistillationLoss(targets), LocalDistillationLoss(targets), NearestMatcher()
+        )
+    with pytest.raises(ConfigError, match="local_weight"):
+        build(local_weight=-1.0)
+
+
+@pytest.mark.parametrize(("views", "teachers"), [(1, 2), (2, 1), (2, 3)])
+def test_any_counts_of_views(views, teachers):
+    terms = build()(outputs(views), outputs(teachers, seed=9), teacher_temp=0.04)
+    assert terms.loss.isfinite()
+    assert len(terms.matches) == sum(v != q for v in range(views) for q in range(teachers))

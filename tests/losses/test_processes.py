@@ -1,0 +1,92 @@
+"""Several processes are one: loss, gradient and centers as of the whole batch."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from local_distill import Centering, GlobalDistillationLoss, LocalDistillationLoss, Matches
+
+SCRIPT = Path(__file__).with_name("process_worker.py")
+
+
+def whole_batch(total, normalize, c=5):
+    """Loss, gradients and centers in one process; the same numbers the workers draw."""
+    g = torch.Generator().manual_seed(3)
+    student = torch.randn(total, 4, c, generator=g, dtype=torch.float64).requires_grad_()
+    teacher = torch.randn(total, 6, c, generator=g, dtype=torch.float64)
+    weight = torch.rand(total, 4, 2, generator=g, dtype=torch.float64) / 2
+    weight[::2, 1] = 0
+    index = torch.randint(0, 6, (total, 4, 2), generator=g)
+    local = LocalDistillationLoss(Centering(c).double(), normalize=normalize)
+    whole = GlobalDistillationLoss(Centering(c).double())
+    for _ in range(2):
+        value = local([student], [teacher], {(0, 0): Matches(index, weight, weight[..., 0])},
+                      teacher_temp=0.2)  # fmt: skip
+        value = value + whole([student[:, 0]], [teacher[:, 0]], teacher_temp=0.2, pairs=[(0, 0)])
+    value.backward()
+    return value.detach(), student.grad, local.targets.center, whole.targets.center
+
+
+def run_processes(sizes, normalize, poison=-1):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = {"sizes": sizes, "normalize": normalize, "port": port, "poison": poison}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), json.dumps(settings | {"rank": rank})],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(len(sizes))
+    ]
+    results = []
+    for worker in workers:
+        out, err = worker.communicate(timeout=120)
+        assert worker.returncode == 0, err
+        results.append(json.loads(out.splitlines()[-1]))
+    return results
+
+
+@pytest.mark.parametrize(
+    ("sizes", "normalize"),
+    [
+        ([8], "matched"),
+        ([4, 4], "all"),
+        ([6, 2], "matched"),
+        ([7, 1], "image"),
+        ([8, 0], "matched"),
+        ([3, 3, 2], "matched"),
+        ([2, 2, 2, 2], "image"),
+    ],
+    ids=str,
+)
+def test_processes_agree_with_one(sizes, normalize):
+    value, gradient, local_center, global_center = whole_batch(sum(sizes), normalize)
+    results = run_processes(sizes, normalize)
+    for result in results:
+        assert result["value"] == pytest.approx(float(value), rel=1e-9)
+        # to the bit on all ranks, and as of one process up to the order of summation
+        assert result["centers"] == results[0]["centers"]
+        assert result["centers"][0] == pytest.approx(local_center.tolist(), rel=1e-9)
+        assert result["centers"][1] == pytest.approx(global_center.tolist(), rel=1e-9)
+        assert result["eval"] == pytest.approx(result["alone"], rel=1e-9)
+    # gradients are averaged over the processes by data-parallel wrappers
+    shares = torch.cat(
+        [torch.tensor(r["gradient"], dtype=torch.float64).reshape(-1, 4, 5) for r in results]
+    )
+    torch.testing.assert_close(shares / len(sizes), gradient)
+
+
+def test_nan_on_one_rank_is_seen_by_all_and_enters_no_state():
+    results = run_processes([2, 2], "matched", poison=1)
+    for result in results:
+        assert result["value"] != result["value"]
+        assert all(abs(v) < 100 for center in result["centers"] for v in center)
+        assert result["skipped"] == [2, 2]
