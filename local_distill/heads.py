@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -98,7 +99,8 @@ class ProjectionHead(nn.Module):
             )
         flat = features.reshape(-1, self.in_dim)
         z = self.mlp(flat)
-        # Below this norm the direction is noise, and 1 / norm, its gradient, would leave float16.
-        normal = nn.functional.normalize(at_least_float32(z), dim=-1, eps=1e-4).to(z.dtype)
+        # 1 / norm is the gradient's factor: it has to fit into z's dtype, and float16 ends at 65,504.
+        eps = max(1e-12, 4 / torch.finfo(z.dtype).max)
+        normal = nn.functional.normalize(at_least_float32(z), dim=-1, eps=eps).to(z.dtype)
         logits: Tensor = self.prototypes(normal)
         return logits.reshape(*features.shape[:-1], self.num_prototypes)
