@@ -99,7 +99,7 @@ class ProjectionHead(nn.Module):
             )
         flat = features.reshape(-1, self.in_dim)
         z = self.mlp(flat)
-        # 1 / norm is the gradient's factor: it has to fit into z's dtype, and float16 ends at 65,504.
+        # 1 / norm is a factor of the gradient: it has to fit into z's dtype (float16: 65,504).
         eps = max(1e-12, 4 / torch.finfo(z.dtype).max)
         normal = nn.functional.normalize(at_least_float32(z), dim=-1, eps=eps).to(z.dtype)
         logits: Tensor = self.prototypes(normal)
