@@ -7,6 +7,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = ["REACH", "SHAPES", "TEXTURES", "background", "outline", "texture"]
+
 Array = NDArray[np.float32]
 
 SHAPES = ("disk", "square", "triangle", "star", "cross")

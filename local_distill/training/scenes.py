@@ -23,6 +23,8 @@ from local_distill.training.scene_shapes import (
     texture,
 )
 
+__all__ = ["Scene", "SyntheticScenes"]
+
 _MOST_CLASSES = len(SHAPES) * len(TEXTURES)
 # Standard deviation of an object's hue around its class's, in turns. Wide enough that the ten
 # classes' hues overlap: colour is a hint, not the answer.

@@ -78,7 +78,7 @@ def test_gather_computes_half_precision_in_float32_under_autocast():
 
 def test_gather_refuses_other_batches():
     matches = Matches.identity(torch.ones(2, 3, dtype=torch.bool))
-    with pytest.raises(ShapeError, match="axis `b` is 2 in `matches.weight` but 1 in `values`"):
+    with pytest.raises(ShapeError, match=r"axis `b` is 2 in `matches\.weight` but 1 in `values`"):
         matches.gather(torch.zeros(1, 3, 4))
 
 

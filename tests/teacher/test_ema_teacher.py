@@ -92,7 +92,7 @@ def test_it_copies_weight_normed_heads():
 
 def test_other_networks_and_momenta_are_refused():
     teacher = EmaTeacher(network())
-    with pytest.raises(ShapeError, match="`0.bias`"):
+    with pytest.raises(ShapeError, match=r"`0\.bias`"):
         teacher.update(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), 0.9)
     with pytest.raises(ShapeError, match="wrappers"):
         teacher.update(nn.Sequential(network()), 0.9)

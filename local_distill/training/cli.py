@@ -1,0 +1,81 @@
+"""The command line: ``local-distill train | knn | show | demo``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from local_distill import __version__
+from local_distill.errors import LocalDistillError, require_extra
+
+__all__ = ["build_parser", "main"]
+
+
+def build_parser() -> tuple[Any, dict[str, Callable[..., Any]]]:
+    """The parser, and the function behind each command."""
+    jsonargparse = require_extra("jsonargparse", "train")
+    for module in ("timm", "torchvision", "lightning_fabric", "matplotlib", "sklearn", "tqdm"):
+        require_extra(module, "train")
+    from local_distill.matching import NearestMatcher
+    from local_distill.training import commands
+    from local_distill.training.demo import demo
+    from local_distill.training.views import DemoCrop
+
+    functions: dict[str, Callable[..., Any]] = {
+        "train": commands.train,
+        "knn": commands.knn,
+        "show": commands.show,
+        "demo": demo,
+    }
+    parser = jsonargparse.ArgumentParser(
+        prog="local-distill",
+        description="Local self-distillation: train, evaluate and look.",
+        version=__version__,
+    )
+    subcommands = parser.add_subcommands()
+    for name, function in functions.items():
+        summary = (function.__doc__ or "").partition("\n")[0]
+        sub = jsonargparse.ArgumentParser(description=summary)
+        sub.add_argument("--config", action="config", help="a YAML file with these settings")
+        positional = ["image"] if name == "show" else []
+        sub.add_function_arguments(
+            function, as_positional=bool(positional), skip={"config"}, sub_configs=False
+        )
+        defaults: dict[str, Any] = {}
+        if name in ("train", "show"):
+            defaults["views"] = jsonargparse.lazy_instance(DemoCrop)
+        if name == "train":
+            defaults["matcher"] = jsonargparse.lazy_instance(NearestMatcher)
+        sub.set_defaults(defaults)
+        subcommands.add_subcommand(name, sub, help=summary)
+    return parser, functions
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        parser, functions = build_parser()
+        settings = parser.parse_args(arguments)
+        name = settings.subcommand
+        record = json.loads(parser.dump(settings, format="json", skip_none=False))[name]
+        record.pop("config", None)
+        values = parser.instantiate_classes(settings)[name].as_dict()
+        values.pop("config", None)
+        if name == "train":
+            values["config"] = record
+        result = functions[name](**values)
+    except LocalDistillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 130 if getattr(result, "interrupted", False) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

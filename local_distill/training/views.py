@@ -1,0 +1,66 @@
+"""The views that the built-in scenes are trained on, and the one they are tested on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from local_distill._check import check_at_least
+from local_distill.transforms.multi_crop import IMAGENET_MEAN, IMAGENET_STD, MultiCrop
+
+__all__ = ["DemoCrop", "eval_transform"]
+
+
+class DemoCrop(MultiCrop):
+    """`MultiCrop` with the sizes and the mild colours that suit the built-in scenes.
+
+    Args:
+        global_size: side of the global views in pixels.
+        local_size: side of the local views in pixels.
+        global_count: number of global views.
+        local_count: number of local views.
+        global_scale: least and largest share of the image's area that a global view shows.
+        local_scale: the same of the local views.
+    """
+
+    def __init__(
+        self,
+        global_size: int = 48,
+        local_size: int = 24,
+        global_count: int = 2,
+        local_count: int = 4,
+        global_scale: tuple[float, float] = (0.35, 1.0),
+        local_scale: tuple[float, float] = (0.08, 0.35),
+    ) -> None:
+        super().__init__(
+            global_size=global_size,
+            local_size=local_size,
+            global_count=global_count,
+            local_count=local_count,
+            global_scale=global_scale,
+            local_scale=local_scale,
+            color_jitter=(0.2, 0.2, 0.1, 0.03),
+            grayscale_p=0.1,
+            blur_p=(0.0, 0.0, 0.0),
+            solarize_p=0.0,
+        )
+
+
+def eval_transform(size: int) -> Callable[[Any], Tensor]:
+    """Resize the shorter side, crop the middle, normalise: PIL image → (3, size, size)."""
+    from torchvision.transforms import v2
+
+    check_at_least("size", size, 1)
+    steps: Sequence[Any] = [
+        v2.ToImage(),
+        v2.Resize(size, v2.InterpolationMode.BICUBIC, antialias=True),
+        v2.CenterCrop(size),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        v2.ToPureTensor(),
+    ]
+    transform: Callable[[Any], Tensor] = v2.Compose(steps)
+    return transform
