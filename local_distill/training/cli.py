@@ -61,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser, functions = build_parser()
         settings = parser.parse_args(arguments)
         name = settings.subcommand
-        record = json.loads(parser.dump(settings, format="json", skip_none=False))[name]
+        record = json.loads(parser.dump(settings, format="json"))[name]
         record.pop("config", None)
-        values = parser.instantiate_classes(settings)[name].as_dict()
+        values = _instantiate(parser, settings)[name].as_dict()
         values.pop("config", None)
         if name == "train":
             values["config"] = record
@@ -75,6 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 130 if getattr(result, "interrupted", False) else 0
+
+
+def _instantiate(parser: Any, settings: Any) -> Any:
+    """Build the classes; what one of ours refuses is said in its own words."""
+    try:
+        return parser.instantiate(settings)
+    except ValueError as error:
+        if isinstance(error.__cause__, LocalDistillError):
+            raise error.__cause__ from None
+        raise
 
 
 if __name__ == "__main__":
