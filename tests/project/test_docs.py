@@ -11,7 +11,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PAGES = ["index.md", "getting-started.md", "conventions.md"]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "../README.md"])
 def test_code_on_the_page_runs(page):
     blocks = BLOCK.findall((DOCS / page).read_text("utf-8"))
     assert blocks
