@@ -27,8 +27,8 @@ _MOST_BAD_IN_A_ROW = 100
 class ImageFiles(Dataset[tuple[Any, int]]):
     """The images below a folder, labelled by class folder where there are some, or flat.
 
-    A file that cannot be decoded is reported once and the next readable one (in sorted order)
-    stands in for it, so a run is not lost to it; it is the same one every time.
+    A file that cannot be decoded is reported, once by each worker, and the next readable one (in
+    sorted order) stands in for it, so a run is not lost to it; it is the same one every time.
 
     Args:
         root: the folder. If it has sub-folders with images, each is a class, in sorted order, as in

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +30,13 @@ class RunLog:
     def __init__(self, folder: Path, *, total: int, start: int = 0, enabled: bool = True) -> None:
         self.enabled = enabled
         self._bar = tqdm(
-            total=total, initial=start, unit="step", dynamic_ncols=True, disable=not enabled
+            total=total,
+            initial=start,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not enabled,
+            # a log file keeps every redraw: a few are enough there
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,
         )
         if not enabled:
             return
@@ -50,7 +57,9 @@ class RunLog:
         """Record ``values`` and show ``shown`` beside the bar."""
         if not self.enabled:
             return
-        self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+        self._bar.set_postfix(
+            {name: f"{value:.3g}" for name, value in shown.items()}, refresh=sys.stderr.isatty()
+        )
         self._stream.write(json.dumps({"step": step, **values}) + "\n")
         self._stream.flush()
         for name, value in values.items():

@@ -1,6 +1,6 @@
 import torch
 
-from local_distill import CropGeometry
+from local_distill import from_box
 from local_distill.backbones import tiny_vit
 from local_distill.training import DistillationNetwork
 from local_distill.training.network import view_outputs
@@ -34,11 +34,10 @@ def test_without_a_local_head():
 def test_view_outputs_join_geometry_outside_the_network():
     network = make()
     views = [torch.randn(2, 3, 16, 24), torch.randn(2, 3, 8, 8)]
-    size = torch.tensor([[30, 40]] * 2, dtype=torch.int32)
     geometries = [
-        CropGeometry(torch.eye(3).repeat(2, 1, 1), torch.tensor([[h, w]] * 2, dtype=torch.int32), size)
+        from_box(torch.tensor([[0.0, 0, w, h]] * 2), view_size=(h, w), source_size=(30, 40))
         for h, w in ((16, 24), (8, 8))
-    ]  # fmt: skip
+    ]
     outputs = network(views)
     joined = view_outputs(outputs, views, geometries, network.backbone)
     assert [(view.tokens.grid.rows, view.tokens.grid.cols) for view in joined] == [(2, 3), (1, 1)]
