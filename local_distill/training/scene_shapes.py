@@ -155,11 +155,11 @@ def background(rng: np.random.Generator, height: int, width: int) -> Array:
     """
     short = min(height, width)
     luminance = rng.uniform(0.3, 0.7)
-    slope = rng.uniform(-0.17, 0.17, 2)
+    slope = rng.uniform(-0.15, 0.15, 2)
     y = np.linspace(-slope[1], slope[1], height)[:, None]
     x = np.linspace(-slope[0], slope[0], width)
     out = np.repeat((luminance + y + x).astype(np.float32)[..., None], 3, axis=2)
-    for cells, strength, grey in ((2, 0.18, 0.0), (6, 0.10, 0.04), (20, 0.05, 0.08)):
+    for cells, strength, grey in ((3, 0.12, 0.0), (6, 0.06, 0.02), (20, 0.03, 0.03)):
         rows, cols = max(1, round(cells * height / short)), max(1, round(cells * width / short))
         # Fine noise is greyer than coarse, as shading and grain are.
         knots = strength * rng.uniform(-1, 1, (rows + 1, cols + 1, 3))

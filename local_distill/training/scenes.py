@@ -28,7 +28,7 @@ __all__ = ["Scene", "SyntheticScenes"]
 _MOST_CLASSES = len(SHAPES) * len(TEXTURES)
 # Standard deviation of an object's hue around its class's, in turns. Wide enough that the ten
 # classes' hues overlap: colour is a hint, not the answer.
-_HUE_JITTER = 0.07
+_HUE_JITTER = 0.035
 # A new object keeps this share of the two radii's sum between its centre and the centres before
 # it, where it finds room: objects occlude each other, yet hardly ever wholly.
 _CLEARANCE = 0.7
@@ -289,10 +289,10 @@ def _free_place(
 def _tones(rng: np.random.Generator, hue: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Two tones around a hue in turns: `(3,)` their middle and half their difference."""
     hue += _HUE_JITTER * rng.standard_normal()
-    luminance, contrast, chroma = rng.uniform((0.38, 0.20, 0.18), (0.62, 0.32, 0.34))
+    luminance, contrast, chroma = rng.uniform((0.42, 0.16, 0.22), (0.58, 0.28, 0.36))
     # Light on dark or dark on light, the two tones of somewhat different hue.
     sign = 1 if rng.random() < 0.5 else -1
-    hues = hue + 0.06 * rng.standard_normal(2)
+    hues = hue + 0.03 * rng.standard_normal(2)
     light, dark = np.cos(2 * math.pi * (hues[:, None] - _CHANNELS)) * chroma
     middle = luminance + (light + dark) / 2
     half = sign * (contrast + (light - dark) / 2)

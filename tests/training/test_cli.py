@@ -153,7 +153,7 @@ def test_demo(tmp_path, capsys):
     text = capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == [
-        "raw pixels", "random backbone", "trained, no local loss", "trained, similarity",
+        "raw pixels", "raw pixels less their mean", "random backbone", "trained, no local loss", "trained, similarity",
         "trained, geometry",
     ]  # fmt: skip
     for name, row in results.items():
