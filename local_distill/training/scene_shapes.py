@@ -135,7 +135,10 @@ def _interpolation(length: int, cells: int) -> Array:
 
 
 def background(rng: np.random.Generator, height: int, width: int) -> Array:
-    """Colourful smooth noise of three scales, with a drift of luminance across the image.
+    """Colourful smooth noise of two scales, with a drift of luminance across the image.
+
+    The noise is finer than the image, so that a background has no colour of its own: a network that
+    could tell images by their backgrounds would learn little else.
 
     Convention: the numbers drawn depend on the ratio of the sides, not on their size, so that
         one generator gives one background at any enlargement.
@@ -154,16 +157,14 @@ def background(rng: np.random.Generator, height: int, width: int) -> Array:
         (48, 64, 3)
     """
     short = min(height, width)
-    luminance = rng.uniform(0.3, 0.7)
+    luminance = rng.uniform(0.4, 0.6)
     slope = rng.uniform(-0.15, 0.15, 2)
     y = np.linspace(-slope[1], slope[1], height)[:, None]
     x = np.linspace(-slope[0], slope[0], width)
     out = np.repeat((luminance + y + x).astype(np.float32)[..., None], 3, axis=2)
-    for cells, strength, grey in ((3, 0.12, 0.0), (6, 0.06, 0.02), (20, 0.03, 0.03)):
+    for cells, strength in ((5, 0.12), (9, 0.06)):
         rows, cols = max(1, round(cells * height / short)), max(1, round(cells * width / short))
-        # Fine noise is greyer than coarse, as shading and grain are.
         knots = strength * rng.uniform(-1, 1, (rows + 1, cols + 1, 3))
-        knots += grey * rng.uniform(-1, 1, (rows + 1, cols + 1, 1))
         wide = _interpolation(height, rows) @ knots.astype(np.float32).reshape(rows + 1, -1)
         out += _interpolation(width, cols) @ wide.reshape(height, cols + 1, 3)
     return out

@@ -26,9 +26,9 @@ from local_distill.training.scene_shapes import (
 __all__ = ["Scene", "SyntheticScenes"]
 
 _MOST_CLASSES = len(SHAPES) * len(TEXTURES)
-# Standard deviation of an object's hue around its class's, in turns. Wide enough that the ten
-# classes' hues overlap: colour is a hint, not the answer.
-_HUE_JITTER = 0.035
+# Standard deviation of an object's hue around its class's, in turns. With the tones' own jitter the
+# ten classes' hues, a tenth of a turn apart, overlap somewhat.
+_HUE_JITTER = 0.012
 # A new object keeps this share of the two radii's sum between its centre and the centres before
 # it, where it finds room: objects occlude each other, yet hardly ever wholly.
 _CLEARANCE = 0.7
@@ -289,7 +289,7 @@ def _free_place(
 def _tones(rng: np.random.Generator, hue: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Two tones around a hue in turns: `(3,)` their middle and half their difference."""
     hue += _HUE_JITTER * rng.standard_normal()
-    luminance, contrast, chroma = rng.uniform((0.42, 0.16, 0.22), (0.58, 0.28, 0.36))
+    luminance, contrast, chroma = rng.uniform((0.42, 0.24, 0.18), (0.58, 0.38, 0.30))
     # Light on dark or dark on light, the two tones of somewhat different hue.
     sign = 1 if rng.random() < 0.5 else -1
     hues = hue + 0.03 * rng.standard_normal(2)

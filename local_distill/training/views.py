@@ -42,7 +42,7 @@ class DemoCrop(MultiCrop):
             local_count=local_count,
             global_scale=global_scale,
             local_scale=local_scale,
-            color_jitter=(0.2, 0.2, 0.1, 0.03),
+            color_jitter=(0.4, 0.4, 0.2, 0.03),
             grayscale_p=0.1,
             blur_p=(0.0, 0.0, 0.0),
             solarize_p=0.0,
