@@ -369,8 +369,8 @@ def tiny_vit(
         drop_path_rate=drop_path_rate,
         num_classes=0,
         dynamic_img_size=True,
-        # Xavier's rule: timm's default, a standard deviation of 0.02 whatever the width, is made for
-        # widths of 384 and more, and leaves a narrow model's blocks next to idle at the start.
+        # Xavier's rule: timm's default, a standard deviation of 0.02 whatever the width, is made
+        # for widths of 384 and more, and leaves a narrow model's blocks next to idle at first.
         weight_init="moco",
     )
     return TimmBackbone(model, layers=layers)

@@ -45,8 +45,9 @@ class ProjectionHead(nn.Module):
 
     Source: DINO (ICCV 2021), appendix C.
 
-    Deviations from the authors' code: weights start by Xavier's rule instead of with a fixed standard
-    deviation of 0.02, which is the same at 2,048 hidden units and too small for narrow heads.
+    Deviations from the authors' code: weights start by Xavier's rule instead of with a fixed
+    standard deviation of 0.02, which is about the same at 2,048 hidden units and too small for
+    narrow heads.
     """
 
     def __init__(

@@ -17,31 +17,22 @@ __all__ = ["DemoCrop", "eval_transform"]
 class DemoCrop(MultiCrop):
     """`MultiCrop` with the sizes and the mild colours that suit the built-in scenes.
 
-    Args:
-        global_size: side of the global views in pixels.
-        local_size: side of the local views in pixels.
-        global_count: number of global views.
-        local_count: number of local views.
-        global_scale: least and largest share of the image's area that a global view shows.
-        local_scale: the same of the local views.
+    It takes no settings: for other views name `MultiCrop` itself, whose defaults are DINO's.
+
+    Example:
+        >>> views, _ = DemoCrop()(torch.rand(3, 64, 64))
+        >>> [view.shape[-1] for view in views]
+        [48, 48, 24, 24, 24, 24]
     """
 
-    def __init__(
-        self,
-        global_size: int = 48,
-        local_size: int = 24,
-        global_count: int = 2,
-        local_count: int = 4,
-        global_scale: tuple[float, float] = (0.35, 1.0),
-        local_scale: tuple[float, float] = (0.08, 0.35),
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__(
-            global_size=global_size,
-            local_size=local_size,
-            global_count=global_count,
-            local_count=local_count,
-            global_scale=global_scale,
-            local_scale=local_scale,
+            global_size=48,
+            local_size=24,
+            global_count=2,
+            local_count=4,
+            global_scale=(0.35, 1.0),
+            local_scale=(0.08, 0.35),
             color_jitter=(0.4, 0.4, 0.2, 0.03),
             grayscale_p=0.1,
             blur_p=(0.0, 0.0, 0.0),

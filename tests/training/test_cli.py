@@ -11,7 +11,8 @@ from local_distill.training.scenes import SyntheticScenes
 
 TINY = [
     *("--steps", "2", "--batch_size", "4", "--workers", "0", "--scenes.count", "8"),
-    *("--scenes.size", "32", "--views.global_size", "16", "--views.local_size", "8"),
+    *("--scenes.size", "32", "--views", "local_distill.MultiCrop"),
+    *("--views.global_size", "16", "--views.local_size", "8"),
     *("--views.local_count", "2", "--head.num_prototypes", "16", "--head.hidden_dim", "24"),
     *("--backbone.kwargs", '{"img_size": 16, "width": 24, "depth": 1}', "--log_every", "1"),
 ]
@@ -62,6 +63,17 @@ def test_the_printed_config_trains(tmp_path, capsys):
     assert settings["matcher"]["init_args"]["max_distance"] == 0.7
     (tmp_path / "run.yaml").write_text(text)
     assert run("train", "--config", tmp_path / "run.yaml", "--steps", 1) == 0
+
+
+def test_views_by_import_path_have_their_own_defaults(capsys):
+    with pytest.raises(SystemExit):
+        run("train", "--views", "local_distill.MultiCrop", "--views.local_count", 6,
+            "--print_config")  # fmt: skip
+    views = yaml.safe_load(capsys.readouterr().out)["views"]
+    assert views["class_path"].endswith("MultiCrop")
+    assert [views["init_args"][name] for name in ("global_size", "local_size", "local_count")] == [
+        224, 96, 6
+    ]  # fmt: skip
 
 
 def test_matchers_by_import_path_and_none(tmp_path):
@@ -119,7 +131,7 @@ def test_a_folder_with_a_corrupt_file(tmp_path, capsys):
         (["train", "--backbone.kwargs", '{"widht": 3}'], "widht"),
         (["train", "--data", "no/such/folder"], "not a folder"),
         (["train", "--batch_size", "9999"], "`batch_size` is 9999"),
-        (["train", "--views.global_size", "4"], "too small for one token"),
+        (["train", "--views", "local_distill.MultiCrop", "--views.global_size", "4"], "too small"),
         (["knn", "--checkpoint", "no.ckpt"], "no.ckpt"),
         (["knn", "--train_data", "somewhere"], "must both be folders"),
         (["show", "no.jpg"], "there is no file"),
@@ -153,7 +165,8 @@ def test_demo(tmp_path, capsys):
     text = capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == [
-        "raw pixels", "raw pixels less their mean", "random backbone", "trained, no local loss", "trained, similarity",
+        "raw pixels", "raw pixels less their mean", "random backbone",
+        "trained, no local loss", "trained, similarity",
         "trained, geometry",
     ]  # fmt: skip
     for name, row in results.items():

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from local_distill import ConfigError
-from local_distill.training import DemoCrop, SyntheticScenes
+from local_distill import ConfigError, MultiCrop
+from local_distill.training import SyntheticScenes
 from local_distill.training.loading import EpochSampler, SeededViews, view_loader
 
 
@@ -49,7 +49,7 @@ def test_epochs_have_orders_of_their_own():
 def batches(workers, start, count):
     loader = view_loader(
         SyntheticScenes(10, 32),
-        DemoCrop(16, 8, 2, 1),
+        MultiCrop(global_size=16, local_size=8, local_count=1),
         batch_size=4,
         seed=3,
         start_step=start,
@@ -71,7 +71,9 @@ def test_a_resumed_loader_gives_the_same_views(workers):
 
 
 def test_augmentations_differ_between_epochs_and_leave_the_generator_alone():
-    views = SeededViews(SyntheticScenes(3, 32), DemoCrop(16, 8, 2, 1), seed=0)
+    views = SeededViews(
+        SyntheticScenes(3, 32), MultiCrop(global_size=16, local_size=8, local_count=1), seed=0
+    )
     before = torch.get_rng_state()
     one, two = views[0, 1], views[1, 1]
     assert torch.equal(torch.get_rng_state(), before)

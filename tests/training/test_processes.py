@@ -12,7 +12,8 @@ from local_distill.training.checkpoints import load_checkpoint
 
 TINY = [
     *("--steps", "3", "--workers", "0", "--scenes.count", "12", "--scenes.size", "32"),
-    *("--views.global_size", "16", "--views.local_size", "8", "--views.local_count", "1"),
+    *("--views", "local_distill.MultiCrop", "--views.local_count", "1"),
+    *("--views.global_size", "16", "--views.local_size", "8"),
     *("--head.num_prototypes", "16", "--head.hidden_dim", "24", "--log_every", "1"),
     *("--backbone.kwargs", '{"img_size": 16, "width": 24, "depth": 1}', "--accelerator", "cpu"),
 ]

@@ -8,9 +8,15 @@ import threading
 import pytest
 import torch
 
-from local_distill import ConfigError, LocalDistillError, NearestMatcher, SimilarityMatcher
+from local_distill import (
+    ConfigError,
+    LocalDistillError,
+    MultiCrop,
+    NearestMatcher,
+    SimilarityMatcher,
+)
 from local_distill.backbones import tiny_vit
-from local_distill.training import DemoCrop, DistillationNetwork, SyntheticScenes
+from local_distill.training import DistillationNetwork, SyntheticScenes
 from local_distill.training.checkpoints import load_checkpoint
 from local_distill.training.options import HeadOptions, LossOptions, OptimOptions
 from local_distill.training.trainer import train
@@ -36,7 +42,7 @@ def run(output, matcher="geometric", *, images=None, **settings):
     return train(
         SyntheticScenes(12, 32) if images is None else images,
         lambda: network(matcher is not None),
-        DemoCrop(16, 8, 2, 2),
+        MultiCrop(global_size=16, local_size=8, local_count=2),
         matcher,
         num_global=2,
         output=output,
@@ -134,7 +140,7 @@ def test_it_runs_outside_the_main_thread(tmp_path):
 
 
 def test_a_nan_image_costs_a_step_and_no_state(tmp_path, capsys):
-    class Poison(DemoCrop):
+    class Poison(MultiCrop):
         calls = 0
 
         def forward(self, image):
@@ -145,7 +151,8 @@ def test_a_nan_image_costs_a_step_and_no_state(tmp_path, capsys):
             return views, geometries
 
     result = train(
-        SyntheticScenes(12, 32), network, Poison(16, 8, 2, 2), NearestMatcher(), num_global=2,
+        SyntheticScenes(12, 32), network,
+            Poison(global_size=16, local_size=8, local_count=2), NearestMatcher(), num_global=2,
         output=tmp_path, steps=4, batch_size=4, head=HEAD, loss=LossOptions(),
         optim=OptimOptions(warmup=2), log_every=1,
     )  # fmt: skip
@@ -162,14 +169,15 @@ def test_a_run_that_cannot_recover_is_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer, "_MOST_SKIPPED", 3)
 
-    class Poison(DemoCrop):
+    class Poison(MultiCrop):
         def forward(self, image):
             views, geometries = super().forward(image)
             return [view * torch.nan for view in views], geometries
 
     with pytest.raises(LocalDistillError, match="3 steps in a row"):
         train(
-            SyntheticScenes(12, 32), network, Poison(16, 8, 2, 2), None, num_global=2,
+            SyntheticScenes(12, 32), network,
+            Poison(global_size=16, local_size=8, local_count=2), None, num_global=2,
             output=tmp_path, steps=9, batch_size=4, head=HEAD, loss=LossOptions(),
             optim=OptimOptions(),
         )  # fmt: skip
