@@ -176,3 +176,15 @@ def test_any_counts_of_views(views, teachers):
     terms = build()(outputs(views), outputs(teachers, seed=9), teacher_temp=0.04)
     assert terms.loss.isfinite()
     assert len(terms.matches) == sum(v != q for v in range(views) for q in range(teachers))
+
+
+def test_the_whole_step_compiles_to_one_graph():
+    plain, loss = build(), build()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for seed in range(3):
+        student, teacher = outputs(3, seed=seed), outputs(2, seed=50 + seed)
+        found = compiled(student, teacher, teacher_temp=0.04)
+        wanted = plain(student, teacher, teacher_temp=0.04)
+        torch.testing.assert_close(found.loss, wanted.loss)
+        assert torch.equal(found.matches[2, 1].teacher_index, wanted.matches[2, 1].teacher_index)
+    torch.testing.assert_close(loss.local_loss.targets.center, plain.local_loss.targets.center)
