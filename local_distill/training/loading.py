@@ -134,6 +134,7 @@ def view_loader(
 def _start_worker(_: int) -> None:
     # The main process ends the run and with it the workers: Ctrl-C reaches them as well.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else it would inherit the main one's handler
     torch.set_num_threads(1)  # as many workers as cores: more threads would only get in the way
 
 

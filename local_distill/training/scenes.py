@@ -59,8 +59,9 @@ class SyntheticScenes(Dataset[tuple[Any, int]]):
     texture occurs in two of them, so that neither alone tells the class. Position, rotation,
     scale, tones and (around the class's own) hue are random; most objects of a scene are of the
     class that is its label. It is easy to look at and hard for raw pixels: at the defaults
-    a 20-nearest-neighbour vote on centred pixels (2,000 scenes to train, 1,000 to test, temperature
-    0.07) is right on 24 to 29 % of scenes (four pairs of seeds); chance is 10 %.
+    a 20-nearest-neighbour vote (2,000 scenes, 1,000 others tested, temperature 0.07) is right on
+    23 % of scenes with the pixels as they are and on 47 % with each image's mean taken off; chance
+    is 10 %.
 
     Convention: pixel i spans [i, i + 1], x right, y down; sizes are (height, width). A scene is a
         function of seed, index and settings alone, the same in any worker and order. Lengths are
