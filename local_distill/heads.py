@@ -85,7 +85,7 @@ class ProjectionHead(nn.Module):
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 # About DINO's standard deviation of 0.02 at its 2,048 hidden units. At narrower
-                # ones a fixed 0.02 would shrink the signal, and a short training never recovers.
+                # ones a fixed 0.02 would shrink the signal from layer to layer.
                 nn.init.xavier_uniform_(layer.weight)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
