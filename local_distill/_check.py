@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -82,6 +82,16 @@ def check_sequence(name: str, value: object, of: str) -> None:
             f"`{name}` must be a list with {of} per view, got {type(value).__name__}; "
             f"wrap a single view as [{name}]"
         )
+
+
+def check_view_pairs(pairs: Iterable[tuple[int, int]], students: int, teachers: int) -> None:
+    """Refuse (student view, teacher view) pairs of views that are not there."""
+    for v, q in pairs:
+        if not (0 <= v < students and 0 <= q < teachers):
+            raise ShapeError(
+                f"`pairs` names ({v}, {q}) but there are {students} student and {teachers} "
+                "teacher views"
+            )
 
 
 def check_positive(name: str, value: float) -> float:

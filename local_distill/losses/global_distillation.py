@@ -8,7 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from local_distill._check import Axes, check_floating, check_positive, check_sequence
+from local_distill._check import (
+    Axes,
+    check_floating,
+    check_positive,
+    check_sequence,
+    check_view_pairs,
+)
 from local_distill.errors import ShapeError
 from local_distill.losses._pairs import Pair, Processes, paired_cross_entropy
 from local_distill.matching.match_views import cross_view_pairs
@@ -98,12 +104,7 @@ class GlobalDistillationLoss(nn.Module):
                 f"`pairs` is empty: {len(student_logits)} student and {len(teacher_logits)} teacher"
                 " views make no pair of different views; give two views, or `pairs`"
             )
-        for v, q in wanted:
-            if not (0 <= v < len(student_logits) and 0 <= q < len(teacher_logits)):
-                raise ShapeError(
-                    f"`pairs` names ({v}, {q}) but there are {len(student_logits)} student and "
-                    f"{len(teacher_logits)} teacher views"
-                )
+        check_view_pairs(wanted, len(student_logits), len(teacher_logits))
         targets = self.targets(teacher_logits, teacher_temp=teacher_temp)
         learning = self.training and torch.is_grad_enabled()
         # A whole view is a grid of one token, each answered by the one of the other view.

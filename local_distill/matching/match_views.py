@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from local_distill._check import check_sequence
-from local_distill.errors import ShapeError
+from local_distill._check import check_sequence, check_view_pairs
 from local_distill.structures import Matcher, Matches, Tokens
 
 __all__ = ["cross_view_pairs", "match_views"]
@@ -61,12 +60,7 @@ def match_views(
     if pairs is None:
         pairs = cross_view_pairs(len(student), len(teacher))
     pairs = list(pairs)
-    for v, q in pairs:
-        if not (0 <= v < len(student) and 0 <= q < len(teacher)):
-            raise ShapeError(
-                f"`pairs` names ({v}, {q}) but there are {len(student)} student and "
-                f"{len(teacher)} teacher views"
-            )
+    check_view_pairs(pairs, len(student), len(teacher))
     own = getattr(matcher, "match_views", None)
     if own is not None:
         result: dict[Pair, Matches] = own(student, teacher, pairs)

@@ -156,6 +156,8 @@ def scene_tokens(
     Returns:
         Features (n, d) and labels (n,): 0 is background, else 1 + class.
     """
+    from torchvision.transforms.v2.functional import to_pil_image
+
     was_training = backbone.training
     backbone.eval()
     features, labels = [], []
@@ -163,8 +165,9 @@ def scene_tokens(
         range(0, len(scenes), batch_size), desc=description, leave=False, dynamic_ncols=True
     ):
         numbers = range(start, min(start + batch_size, len(scenes)))
-        batch = torch.stack([transform(scenes[i][0]) for i in numbers])
-        masks = torch.stack([scenes.scene(i).class_mask for i in numbers])
+        drawn = [scenes.scene(i) for i in numbers]
+        batch = torch.stack([transform(to_pil_image(scene.image)) for scene in drawn])
+        masks = torch.stack([scene.class_mask for scene in drawn])
         features.append(backbone(batch).patch_tokens.flatten(0, 1))
         view_size = (int(batch.shape[-2]), int(batch.shape[-1]))
         points = grid_points(backbone.token_grid(view_size), batch.device, torch.float64)
