@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from local_distill._check import check_positive, values_visible
+from local_distill._geometric_inputs import geometric_inputs
 from local_distill._precision import widest
 from local_distill.errors import ConfigError, GeometryError
 from local_distill.geometry import (
@@ -18,7 +19,6 @@ from local_distill.geometry import (
     wide_centers,
     wide_diagonals,
 )
-from local_distill.matching._inputs import geometric_inputs
 from local_distill.structures import CropGeometry, Matches, TokenGrid, Tokens
 
 __all__ = ["NearestMatcher", "nearest_matches"]

@@ -18,6 +18,8 @@ LAYERS = (
     ("_check", "_lazy", "_precision"),
     ("structures",),
     ("geometry",),
+    ("_geometric_inputs",),
+    ("footprints",),
     ("distributed",),
     ("transforms", "kernels"),
     ("matching", "targets", "heads", "teacher", "schedules"),

@@ -1,0 +1,29 @@
+"""Runs the code of a page, in docs/pictures, where its pictures belong: docs/run_page.py PAGE."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def code_blocks(page: Path) -> list[str]:
+    """The page's Python, block by block; later blocks go on from earlier ones."""
+    return BLOCK.findall(page.read_text("utf-8"))
+
+
+def run(page: Path) -> None:
+    """Execute the page's blocks in one namespace, in the current directory."""
+    names: dict[str, object] = {"__name__": "__page__"}
+    for number, block in enumerate(code_blocks(page), 1):
+        exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not (DOCS / sys.argv[1]).is_file():
+        sys.exit(f"usage: {sys.argv[0]} PAGE, a file below docs/ such as half-pixel-traps.md")
+    page = DOCS / sys.argv[1]
+    os.chdir(DOCS / "pictures")
+    run(page)
