@@ -29,6 +29,7 @@ class Step(NamedTuple):
     stride: tuple[int, int]
     padding: tuple[int, int] = (0, 0)
     ceil: bool = False  # a rest at the end is padded to a whole window
+    same: bool = False  # TensorFlow's padding: as much as it takes, the odd pixel at the end
 
 
 def grid_of_steps(steps: Sequence[Step], view_size: tuple[int, int]) -> TokenGrid:
@@ -37,13 +38,15 @@ def grid_of_steps(steps: Sequence[Step], view_size: tuple[int, int]) -> TokenGri
     for axis in (0, 1):
         count, stride, center = view_size[axis], 1, 0.5  # the pixels themselves
         for step in steps:
-            kernel, pad = step.kernel[axis], step.padding[axis]
+            kernel, pad, hop = step.kernel[axis], step.padding[axis], step.stride[axis]
+            if step.same:
+                outputs = -(-count // hop)
+                pad = max(0, (outputs - 1) * hop + kernel - count) // 2
+            else:
+                covered = count + 2 * pad - kernel
+                outputs = (-(-covered // hop) if step.ceil else covered // hop) + 1
             center += stride * ((kernel - 1) / 2 - pad)
-            stride *= step.stride[axis]
-            covered = count + 2 * pad - kernel
-            count = (
-                -(-covered // step.stride[axis]) if step.ceil else covered // step.stride[axis]
-            ) + 1
+            stride, count = stride * hop, outputs
         axes.append((max(count, 0), float(stride), center))
     (rows, stride_y, y), (cols, stride_x, x) = axes
     return TokenGrid(rows, cols, (stride_x, stride_y), (x, y))
@@ -51,20 +54,16 @@ def grid_of_steps(steps: Sequence[Step], view_size: tuple[int, int]) -> TokenGri
 
 def known_steps(model: Any) -> tuple[Step, ...] | None:
     """The strided layers of a timm model of a known family, or None where a formula might lie."""
-    names = (
-        "vision_transformer",
-        "eva",
-        "swin_transformer",
-        "swin_transformer_v2",
-        "convnext",
-        "resnet",
-    )
-    vit, eva, swin, swin_v2, convnext, resnet = (
-        require_extra(f"timm.models.{name}", "train") for name in names
-    )
-    if isinstance(model, (vit.VisionTransformer, eva.Eva)):
+
+    def is_a(file: str, *classes: str) -> bool:
+        module = require_extra(f"timm.models.{file}", "train")
+        return isinstance(model, tuple(getattr(module, name) for name in classes))
+
+    if is_a("vision_transformer", "VisionTransformer") or is_a("eva", "Eva"):
         return _patch_steps(model.patch_embed)
-    if isinstance(model, (swin.SwinTransformer, swin_v2.SwinTransformerV2)):
+    if is_a("swin_transformer", "SwinTransformer") or is_a(
+        "swin_transformer_v2", "SwinTransformerV2"
+    ):
         merges = [
             Step((2, 2), (2, 2), ceil=True)
             for layer in model.layers
@@ -72,10 +71,22 @@ def known_steps(model: Any) -> tuple[Step, ...] | None:
         ]
         patches = _patch_steps(model.patch_embed)
         return None if patches is None else (*patches, *merges)
-    if isinstance(model, convnext.ConvNeXt):
+    if is_a("convnext", "ConvNeXt"):
         return _window_steps([model.stem, *(stage.downsample for stage in model.stages)])
-    if isinstance(model, resnet.ResNet):
-        return _resnet_steps(model)
+    if is_a("pvt_v2", "PyramidVisionTransformerV2"):
+        embeds = [model.patch_embed, *(stage.downsample for stage in model.stages)]
+        return _window_steps([embed.proj for embed in embeds if embed is not None])
+    if is_a("resnet", "ResNet"):
+        stages = [model.layer1, model.layer2, model.layer3, model.layer4]
+        blocks = [block for stage in stages for block in stage]
+        return _block_steps([model.conv1, model.maxpool], blocks)
+    if is_a("regnet", "RegNet"):
+        stages = [model.s1, model.s2, model.s3, model.s4]
+        blocks = [block for stage in stages for block in stage.children()]
+        return _block_steps([model.stem], blocks)
+    if is_a("efficientnet", "EfficientNet") or is_a("mobilenetv3", "MobileNetV3"):
+        blocks = [block for stage in model.blocks for block in stage]
+        return _block_steps([model.conv_stem], blocks)
     return None
 
 
@@ -89,42 +100,97 @@ def _patch_steps(embed: Any) -> tuple[Step, ...] | None:
     return tuple(step._replace(ceil=True) for step in steps)
 
 
-def _resnet_steps(model: Any) -> tuple[Step, ...] | None:
-    stages = [model.layer1, model.layer2, model.layer3, model.layer4]
-    for module in (part for stage in stages for part in stage.modules()):
-        # Shortcuts that average (ResNet-D) and blurred strides sit half a cell beside the main
-        # path, so that the token lies somewhere between the two.
-        if isinstance(module, nn.AvgPool2d) or type(module).__name__.startswith("Blur"):
+# The convolutions one behind the other in each block, by timm's file and class.
+_MAIN_PATHS = {
+    ("resnet", "BasicBlock"): ("conv1", "conv2"),
+    ("resnet", "Bottleneck"): ("conv1", "conv2", "conv3"),
+    ("regnet", "Bottleneck"): ("conv1", "conv2", "conv3"),
+    ("regnet", "PreBottleneck"): ("conv1", "conv2", "conv3"),
+    ("_efficientnet_blocks", "ConvBnAct"): ("conv",),
+    ("_efficientnet_blocks", "DepthwiseSeparableConv"): ("conv_dw", "conv_pw"),
+    ("_efficientnet_blocks", "InvertedResidual"): ("conv_pw", "conv_dw", "conv_pwl"),
+    ("_efficientnet_blocks", "EdgeResidual"): ("conv_exp", "conv_pwl"),
+    ("_efficientnet_blocks", "UniversalInvertedResidual"): (
+        "dw_start",
+        "pw_exp",
+        "dw_mid",
+        "pw_proj",
+        "dw_end",
+    ),
+}
+# What may lie beside the main path without a say in where a token is: gates from the whole view.
+_GATES = ("se",)
+
+
+def _block_steps(stem: Sequence[nn.Module], blocks: Iterable[Any]) -> tuple[Step, ...] | None:
+    steps = _window_steps(stem)
+    paths = {
+        getattr(require_extra(f"timm.models.{file}", "train"), name): path
+        for (file, name), path in _MAIN_PATHS.items()
+    }
+    for block in blocks:
+        # Exactly these classes: one derived from them may branch (SelectiveKernel, Res2Net).
+        path = paths.get(type(block))
+        if steps is None or path is None:
             return None
-        if isinstance(module, nn.Conv2d):
-            step = _step(module)
-            if step is None or any(
-                2 * p != k - 1 for k, p in zip(step.kernel, step.padding, strict=True)
-            ):
-                return None
-    main = (getattr(stage[0], f"conv{i}", nn.Identity()) for stage in stages for i in (1, 2, 3))
-    return _window_steps([model.conv1, model.maxpool, *main])
+        main = _window_steps([getattr(block, name) for name in path])
+        beside = [
+            _window_steps([child])
+            for name, child in block.named_children()
+            if name not in path and name not in _GATES
+        ]
+        if main is None or None in beside:
+            return None
+        # Shortcuts that average (ResNet-D) and blurred strides sit half a cell beside the main
+        # path, so that the token lies somewhere between the two: they are no windows and end above.
+        others = [step for part in beside for step in part or ()]
+        shortcut = bool(others) or all(step.stride == (1, 1) for step in main)
+        if shortcut and not all(_is_centered(step) for step in (*main, *others)):
+            return None
+        steps = (*steps, *main)
+    return steps
+
+
+def _is_centered(step: Step) -> bool:
+    """Whether output i lies on input stride · i, as a shortcut's does."""
+    if step.same:
+        return all(s == 1 and k % 2 for k, s in zip(step.kernel, step.stride, strict=True))
+    return all(2 * p == k - 1 for k, p in zip(step.kernel, step.padding, strict=True))
 
 
 def _window_steps(parts: Iterable[nn.Module]) -> tuple[Step, ...] | None:
-    steps = []
-    for module in (inner for part in parts for inner in part.modules()):
-        if isinstance(module, (nn.Conv2d, nn.MaxPool2d)):
-            step = _step(module)
+    """The windows in a chain of layers, None where it holds what is no plain window or chain."""
+    chains = (
+        nn.Sequential,
+        require_extra("timm.layers", "train").ConvNormAct,
+    )
+    steps: list[Step] = []
+    for part in parts:
+        if isinstance(part, (nn.Conv2d, nn.MaxPool2d)):
+            step = _step(part)
             if step is None:
                 return None
             steps.append(step)
-        elif hasattr(module, "stride"):
+        elif type(part) in chains:
+            inner = _window_steps(part.children())
+            if inner is None:
+                return None
+            steps += inner
+        elif any(hasattr(module, "stride") for module in part.modules()):
             return None
     return tuple(steps)
 
 
 def _step(module: nn.Conv2d | nn.MaxPool2d) -> Step | None:
+    same = type(module) is require_extra("timm.layers", "train").Conv2dSame
+    if not same and type(module) not in (nn.Conv2d, nn.MaxPool2d):
+        return None  # may pad in its forward pass
     if isinstance(module.padding, str) or (isinstance(module, nn.MaxPool2d) and module.ceil_mode):
         return None
     kernel, dilation = _pair(module.kernel_size), _pair(module.dilation)
     extent = (dilation[0] * (kernel[0] - 1) + 1, dilation[1] * (kernel[1] - 1) + 1)
-    return Step(extent, _pair(module.stride), _pair(module.padding))
+    padding = (0, 0) if same else _pair(module.padding)
+    return Step(extent, _pair(module.stride), padding, same=same)
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
@@ -315,11 +381,21 @@ def _fit_axis(profiles: Tensor) -> tuple[float, float]:
             step /= 3
         return least, ends
 
+    # The true valley of the misfit can be narrower than a pixel and others lie beside it: so the
+    # usual grids are looked at first, of strides that are powers of two as well.
+    strides = {even, 2.0 ** round(math.log2(even))}
     starts = [
-        torch.tensor([offset, offset + even * (count - 1)], dtype=torch.float64)
-        for offset in (0.5, even / 2)
+        torch.tensor([offset, offset + stride * (count - 1)], dtype=torch.float64)
+        for stride in strides
+        for offset in (0.5, stride / 2, stride - 0.5)
     ]
-    _, ends = min((search(start) for start in starts), key=lambda result: result[0])
+    share = index / (count - 1)
+    first_misfits = [
+        float(_misfit(profiles, pixels, (start[:1] * (1 - share) + start[1:] * share)[None]))
+        for start in starts
+    ]
+    likely = sorted(range(len(starts)), key=first_misfits.__getitem__)[:3]
+    _, ends = min((search(starts[i]) for i in likely), key=lambda result: result[0])
     return float(ends[0]), float(ends[1] - ends[0]) / (count - 1)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +30,10 @@ _logger = logging.getLogger(__name__)
 # With fewer tokens along an axis a measurement is poor; so many pixels more then bring a few, and
 # leave the remainder of the size to any stride up to 64 as it was.
 _FEW_TOKENS, _MORE_PIXELS = 6, 128
+
+# Measured once a process, architecture and view size. Not on disk: it is a matter of seconds, and a
+# file would outlive the version of timm that it was true for.
+_measured_grids: dict[tuple[str, frozenset[type], int, int], TokenGrid] = {}
 
 # What makes one instance of a family take views of any size, by the timm module that defines it.
 _ANY_SIZE: dict[str, dict[str, Any]] = {
@@ -131,7 +137,7 @@ class TimmBackbone(nn.Module):
         self._norm_in_head = isinstance(head, timm_layers.NormMlpClassifierHead)
         self._in_chans = _in_chans(model)
         self._steps = known_steps(model)
-        self._least = _least_size(self._steps)
+        self._least = _least_size(model, self._steps)
         self._multiple, self._fixed_size = _size_limits(model)
         self._grids: dict[tuple[int, int], TokenGrid] = {}
         self.layer_dims = _layer_dims(model) if layers else ()
@@ -152,11 +158,7 @@ class TimmBackbone(nn.Module):
         check_floating("images", images)
         height, width = images.shape[-2:]
         self._check_size("images", height, width)
-        # A remainder would be refused by timm; leaving it out is what the grid says.
-        rest_y, rest_x = height % self._multiple[0], width % self._multiple[1]
-        if rest_y or rest_x:
-            images = images[..., : height - rest_y, : width - rest_x]
-
+        images = self._without_remainder(images)
         model: Any = self.model
         if not self.layer_dims:
             features, intermediates = model.forward_features(images), []
@@ -177,10 +179,13 @@ class TimmBackbone(nn.Module):
     def token_grid(self, view_size: tuple[int, int]) -> TokenGrid:
         """Where the patch tokens lie in a view.
 
-        For ViT (DeiT and EVA too), Swin, ConvNeXt and ResNet it is worked out from the strides and
-        paddings of the model's own layers, without a forward pass. Other models, and ResNets with
-        average-pooled shortcuts or anti-aliasing, are measured once a view size
-        (`measure_token_grid`), where they have few tokens on a view enlarged by 128 px.
+        For ViT (DeiT, DINOv2 and EVA too), Swin, ConvNeXt, PVT v2, ResNet, RegNet, EfficientNet
+        and MobileNet it is worked out from the strides and paddings of the model's own layers,
+        without a forward pass. Other models, and members of these families whose paths disagree
+        (ResNet-D's averaging shortcuts, blurred strides), are measured once a view size and process
+        (`measure_token_grid`), where they have few tokens on a view enlarged by 128 px: another
+        instance or copy of the same architecture finds the grid measured. A line in the log says
+        so (level INFO).
 
         Args:
             view_size: (height, width) in pixels.
@@ -202,16 +207,21 @@ class TimmBackbone(nn.Module):
         if self._steps is not None:
             return grid_of_steps(self._steps, (height, width))
         if (height, width) not in self._grids:
-            grid = self._measure((height, width))
-            _logger.info(
-                "no formula for %s: measured the token grid of a %d × %d view from input gradients:"
-                " %s",
-                type(self.model).__name__,
-                height,
-                width,
-                grid,
-            )
-            self._grids[height, width] = grid
+            key = (*_architecture(self.model), height, width)
+            if key not in _measured_grids:
+                start = time.perf_counter()
+                grid = self._measure((height, width))
+                _logger.info(
+                    "no formula for %s: measured the token grid of a %d × %d view from input "
+                    "gradients in %.1f s: %s",
+                    type(self.model).__name__,
+                    height,
+                    width,
+                    time.perf_counter() - start,
+                    grid,
+                )
+                _measured_grids[key] = grid
+            self._grids[height, width] = _measured_grids[key]
         return self._grids[height, width]
 
     def _measure(self, view_size: tuple[int, int]) -> TokenGrid:
@@ -242,12 +252,20 @@ class TimmBackbone(nn.Module):
         model: Any = self.model
         like = next(self.parameters(), torch.zeros(()))
         images = torch.zeros(1, self._in_chans, *view_size, device=like.device)
-        features = model.forward_features(images)
+        features = model.forward_features(self._without_remainder(images))
         count = self._patch_tokens(features).shape[1]
         if features.dim() == 3:
             return squarest_shape(count, view_size)
         first = 1 if self._channels_last else 2
         return int(features.shape[first]), int(features.shape[first + 1])
+
+    def _without_remainder(self, images: Tensor) -> Tensor:
+        # A remainder would be refused by timm; leaving it out is what the grid says.
+        height, width = images.shape[-2:]
+        rest_y, rest_x = height % self._multiple[0], width % self._multiple[1]
+        if rest_y or rest_x:
+            images = images[..., : height - rest_y, : width - rest_x]
+        return images
 
     def extra_repr(self) -> str:
         """Sizes for ``print``."""
@@ -412,6 +430,26 @@ def _in_chans(model: Any) -> int:
     return int(getattr(model, "in_chans", 3))
 
 
+def _architecture(model: nn.Module) -> tuple[str, frozenset[type]]:
+    """What a measured grid depends on: classes, settings and shapes, not weights."""
+    told: list[str] = []
+    for name, module in model.named_modules():
+        settings = sorted(
+            f"{key}={value!r}" for key, value in vars(module).items() if _is_setting(key, value)
+        )
+        parts = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        shapes = [f"{part_name}{tuple(part.shape)}" for part_name, part in parts]
+        told.append(f"{name}:{type(module).__qualname__}:{settings}:{shapes}")
+    digest = hashlib.sha256("\n".join(told).encode()).hexdigest()
+    return digest, frozenset(type(module) for module in model.modules())
+
+
+def _is_setting(key: str, value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_setting(key, entry) for entry in value)
+    return key != "training" and isinstance(value, (int, float, str, type(None)))
+
+
 def _size_limits(model: Any) -> tuple[tuple[int, int], tuple[int, int] | None]:
     """The multiple that views are cropped to, and the one size that a strict model takes."""
     embed = getattr(model, "patch_embed", None)
@@ -425,15 +463,22 @@ def _size_limits(model: Any) -> tuple[tuple[int, int], tuple[int, int] | None]:
     return (int(embed.patch_size[0]), int(embed.patch_size[1])), None
 
 
-def _least_size(steps: Any) -> tuple[int, int]:
+def _least_size(model: Any, steps: Any) -> tuple[int, int]:
     if steps is None:
         return 1, 1
+    pvt = require_extra("timm.models.pvt_v2", "train")
+    # (steps before it, side) of windows beside the main path: PVT v2 attends to coarser tokens.
+    windows = [(len(steps), 1)]
+    if isinstance(model, pvt.PyramidVisionTransformerV2):
+        for stage_index, stage in enumerate(model.stages):
+            coarser = (getattr(block.attn, "sr", None) for block in stage.blocks)
+            windows += [(stage_index + 1, sr.kernel_size[0]) for sr in coarser if sr is not None]
     least = 1
-    while True:
-        grid = grid_of_steps(steps, (least, least))
-        if grid.rows >= 1 and grid.cols >= 1:
-            return least, least
+    while any(
+        min(grid_of_steps(steps[:done], (least, least))[:2]) < side for done, side in windows
+    ):
         least += 1
+    return least, least
 
 
 def _layer_dims(model: Any) -> tuple[int, ...]:
@@ -444,5 +489,6 @@ def _layer_dims(model: Any) -> tuple[int, ...]:
         )
     resnet = require_extra("timm.models.resnet", "train")
     dims = tuple(int(info["num_chs"]) for info in model.feature_info)
-    # A ResNet lists its stem as well, which is no stage.
-    return dims[1:] if isinstance(model, resnet.ResNet) else dims
+    if isinstance(model, resnet.ResNet):
+        dims = dims[1:]  # it lists its stem as well, which is no stage
+    return (*dims[:-1], int(model.num_features))  # EfficientNet widens the last one after its stage

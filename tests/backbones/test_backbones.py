@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
+from local_distill import backbones
 from local_distill.backbones import TimmBackbone, tiny_vit
 from local_distill.errors import ConfigError, LocalDistillError, ShapeError
 
@@ -32,6 +34,12 @@ MODELS = {
     ),
     "convnext": ("convnext_tiny", {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 48)}),
     "resnet": ("resnet18", {}),
+    "regnet": ("regnetx_002", {}),
+    "mobilenet": ("mobilenetv3_small_050", {}),
+    "mobilenet_tf": ("tf_mobilenetv3_small_minimal_100", {}),
+    "mobilenet_v4": ("mobilenetv4_conv_small_050", {}),
+    "efficientnet": ("test_efficientnet", {}),
+    "pvt_v2": ("pvt_v2_b0", {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 40, 64)}),
     "tiny": (None, {}),
 }
 SIZES = [(224, 224), (96, 96), (96, 160), (224, 160), (100, 165)]
@@ -88,6 +96,11 @@ def test_known_families_need_no_forward_pass_for_their_grid(family: str) -> None
         ("convnext", (100, 165), 3, 5, 32.0, 16.0),
         ("resnet", (96, 160), 3, 5, 32.0, 0.5),
         ("resnet", (97, 161), 4, 6, 32.0, 0.5),
+        ("regnet", (97, 161), 4, 6, 32.0, 0.5),
+        ("mobilenet", (97, 161), 4, 6, 32.0, 0.5),
+        ("mobilenet_tf", (96, 160), 3, 5, 32.0, 31.5),  # pads at the end alone, five times
+        ("mobilenet_v4", (97, 161), 4, 6, 32.0, 0.5),
+        ("pvt_v2", (97, 161), 4, 6, 32.0, 0.5),
     ],
 )
 def test_grid_of_each_family(family, view_size, rows, cols, stride, offset) -> None:
@@ -96,7 +109,21 @@ def test_grid_of_each_family(family, view_size, rows, cols, stride, offset) -> N
 
 
 @pytest.mark.parametrize("side", range(8, 72, 5))
-@pytest.mark.parametrize("family", ["tiny", "swin", "convnext", "resnet"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "tiny",
+        "swin",
+        "convnext",
+        "resnet",
+        "regnet",
+        "mobilenet",
+        "mobilenet_tf",
+        "mobilenet_v4",
+        "efficientnet",
+        "pvt_v2",
+    ],
+)
 def test_odd_sizes_count_as_the_network_does_or_are_refused(family: str, side: int) -> None:
     backbone = build(family)
     images = torch.randn(2, 3, side, 64)
@@ -227,7 +254,11 @@ def test_other_dtypes(family: str) -> None:
         assert backbone(images).patch_tokens.isfinite().all()
 
 
-@pytest.mark.parametrize("family", [name for name in MODELS if name != "deit_distilled"])
+# A distilled model's second class token, and the layer that a MobileNet widens its pooled vector
+# with before the classifier, have no part in what a backbone gives.
+@pytest.mark.parametrize(
+    "family", [name for name in MODELS if not name.startswith(("deit_distilled", "mobilenet"))]
+)
 def test_every_parameter_is_trained_by_global_and_patch_tokens(family: str) -> None:
     backbone = build(family, layers=True).train()
     out = backbone(torch.randn(4, 3, 96, 96))
@@ -323,9 +354,32 @@ def test_a_model_of_one_size_says_so() -> None:
         backbone.token_grid((96, 96))
 
 
+class _OneConv(nn.Module):
+    """The least that a backbone can be; timm knows nothing of it."""
+
+    def __init__(self, padding: int = 0) -> None:
+        super().__init__()
+        self.num_features = 8
+        self.conv = nn.Conv2d(3, 8, 8, 8, padding)
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        return self.conv(images)
+
+    def forward_head(self, features: torch.Tensor, pre_logits: bool = True) -> torch.Tensor:
+        return features.mean((2, 3))
+
+
+@pytest.fixture
+def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> dict[object, object]:
+    grids: dict[object, object] = {}
+    monkeypatch.setattr(backbones, "_measured_grids", grids)
+    return grids
+
+
+@pytest.mark.usefixtures("nothing_measured")
 def test_unknown_families_are_measured_once_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
-    backbone = TimmBackbone("regnety_002").train()
+    backbone = TimmBackbone("ghostnet_050").train()
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     with caplog.at_level(logging.INFO, logger="local_distill.backbones"):
         grid = backbone.token_grid((64, 96))
@@ -335,7 +389,48 @@ def test_unknown_families_are_measured_once_and_say_so(caplog: pytest.LogCapture
     assert (grid.rows, grid.cols) == (2, 3)
     # Its strided 3 × 3 convolutions centre token i at 32i + 0.5, as a ResNet's do.
     for measured, true in zip((*grid.stride, *grid.offset), (32, 32, 0.5, 0.5), strict=True):
-        assert abs(measured - true) < 0.25
+        assert abs(measured - true) < 0.5
     assert backbone.training
     for key, value in backbone.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+def test_what_was_measured_serves_every_instance_of_the_architecture(
+    caplog: pytest.LogCaptureFixture, nothing_measured: dict[object, object]
+) -> None:
+    with caplog.at_level(logging.INFO, logger="local_distill.backbones"):
+        grid = TimmBackbone(_OneConv()).token_grid((64, 96))
+        assert len(caplog.records) == 1
+        again = TimmBackbone(_OneConv()).double().eval()  # other weights, dtype and mode
+        copied = copy.deepcopy(again)
+        pickled = pickle.loads(pickle.dumps(again))
+        for other in (again, copied, pickled, copy.deepcopy(TimmBackbone(_OneConv()))):
+            assert other.token_grid((64, 96)) == grid
+        assert len(caplog.records) == 1
+        # Of the same weights' shapes, but padded: another network.
+        padded = TimmBackbone(_OneConv(padding=2)).token_grid((64, 96))
+        assert len(caplog.records) == 2
+        assert TimmBackbone(_OneConv()).token_grid((96, 64)).rows == 12
+    assert len(caplog.records) == len(nothing_measured) == 3
+    assert abs(grid.offset[0] - padded.offset[0] - 2) < 0.2
+
+
+def test_settings_that_no_weight_shows_are_told_apart() -> None:
+    def told(name: str, **options: object) -> object:
+        return backbones._architecture(TimmBackbone(name, **options).model)
+
+    assert told("resnet18") == told("resnet18")
+    assert told("resnet18") != told("resnet18", output_stride=16)
+    pads = [told("vit_tiny_patch16_224", depth=1, dynamic_img_pad=pad) for pad in (False, True)]
+    assert pads[0] != pads[1]
+
+
+@pytest.mark.usefixtures("nothing_measured")
+def test_a_model_without_formula_is_measured_at_sizes_that_its_patches_do_not_divide() -> None:
+    backbone = tiny_vit()
+    known = backbone.token_grid((51, 60))
+    backbone._steps = None
+    grid = backbone.token_grid((51, 60))
+    assert (grid.rows, grid.cols) == (known.rows, known.cols) == (6, 7)
+    for measured, true in zip(grid.stride + grid.offset, known.stride + known.offset, strict=True):
+        assert abs(measured - true) < 0.1

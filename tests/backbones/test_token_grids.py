@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
+from pathlib import Path
 
 import pytest
+import timm
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from local_distill._token_grids import Step, grid_of_steps
+from local_distill._token_grids import Step, grid_of_steps, known_steps
 from local_distill.backbones import TimmBackbone, measure_token_grid, tiny_vit
 from local_distill.errors import ConfigError, ShapeError
 from local_distill.structures import TokenGrid
@@ -116,6 +120,14 @@ def test_one_convolution_is_measured_where_its_arithmetic_says(kernel, stride, p
     assert farthest(measured, true) < 0.1
 
 
+def test_a_valley_narrower_than_a_pixel_is_found() -> None:
+    # Its misfit is least at 0.5 + 32i, and has another valley at 8.5 + 30i, far from any edge.
+    torch.manual_seed(0)
+    measured = measure_token_grid(TimmBackbone("ghostnet_100"), (33, 259), shape=(2, 9), networks=2)
+    assert abs(measured.offset[0] - 0.5) < 0.5
+    assert abs(measured.stride[0] - 32) < 0.1
+
+
 def test_two_and_three_tokens_are_found_to_half_a_pixel() -> None:
     measured = measure_token_grid(_Conv(16, 16, 0), (32, 48))
     assert farthest(measured, TokenGrid.tiling(2, 3, (32, 48))) < 0.5
@@ -125,6 +137,94 @@ def test_one_token() -> None:
     grid = measure_token_grid(_Conv(16, 16, 0), (16, 16))
     assert (grid.rows, grid.cols, grid.stride) == (1, 1, (16.0, 16.0))
     assert all(abs(offset - 8) < 0.5 for offset in grid.offset)
+
+
+@pytest.fixture(scope="module")
+def script():
+    """benchmarks/token_grids.py, whose averages know nothing of formulas and fits."""
+    path = Path(__file__).parents[2] / "benchmarks" / "token_grids.py"
+    spec = importlib.util.spec_from_file_location("token_grids_script", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("view_size", [(64, 96), (35, 66)])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_small_patch14_reg4_dinov2", {"depth": 2, "embed_dim": 48, "num_heads": 3}),
+        ("vit_small_patch16_dinov3", {"depth": 2, "embed_dim": 48, "num_heads": 3}),
+        ("swinv2_tiny_window8_256", {"embed_dim": 24, "depths": (1, 1, 1, 1)}),
+        ("convnext_atto_ols", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}),
+        ("resnet18", {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32)}),
+        ("regnetx_002", {}),
+        ("test_efficientnet", {}),
+        ("mobilenetv3_small_050", {}),
+        ("tf_mobilenetv3_small_minimal_100", {}),
+        ("mobilenetv4_conv_small_050", {}),
+        ("pvt_v2_b0", {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 40, 64)}),
+    ],
+)
+def test_formula_is_the_centroid_of_the_averaging_network(script, name, options, view_size) -> None:
+    torch.manual_seed(0)
+    backbone = TimmBackbone(name, **options).eval()
+    assert backbone._steps is not None
+    exact = script.grid_by_averages(backbone, view_size)
+    assert farthest(exact, backbone.token_grid(view_size)) < 1e-4
+
+
+def test_the_averaging_network_sees_where_paths_disagree(script) -> None:
+    # By its convolutions 0.5, by its shortcuts 14.5: in between, and no formula says where.
+    y, stride = script.centroids(TimmBackbone("resnet18d").eval(), (32, 32), 0)
+    assert abs(stride - 32) < 1e-4
+    assert 2 < y < 13
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "skresnet18",  # two strided convolutions side by side
+        "resnetblur18",
+        "res2net50_14w_8s",
+        "mixnet_s",  # kernels of several sizes side by side
+        "efficientnet_blur_b0",
+        "mobilenetv4_hybrid_medium",
+    ],
+)
+def test_branches_and_blurs_within_known_families_have_no_formula(name: str) -> None:
+    with torch.device("meta"):
+        assert known_steps(timm.create_model(name)) is None
+
+
+def test_layers_that_may_pad_in_their_forward_pass_have_no_formula() -> None:
+    class Padding(nn.Conv2d):
+        pass
+
+    backbone = TimmBackbone("resnet18").model
+    assert known_steps(backbone) is not None
+    backbone.conv1 = Padding(3, 64, 7, 2, 3)
+    assert known_steps(backbone) is None
+
+
+@pytest.mark.parametrize("size", range(5, 40, 3))
+def test_tensorflows_padding_against_its_own_convolutions(size: int) -> None:
+    # Which pixels reach the first output: seen by gradient, where no padding hides them.
+    kernels = [(3, 2), (5, 2), (2, 2)]
+    layers = nn.Sequential(*(Conv2dSame(1, 1, k, s, bias=False) for k, s in kernels)).double()
+    for layer in layers:
+        nn.init.ones_(layer.weight)
+    grid = grid_of_steps([Step((k, k), (s, s), same=True) for k, s in kernels], (size, size + 32))
+    # 32 px more leave the padding as it is, and tokens in the middle that see none of it.
+    images = torch.zeros(1, 1, size, size + 32, dtype=torch.float64, requires_grad=True)
+    out = layers(images)
+    assert tuple(out.shape[2:]) == (grid.rows, grid.cols)
+    (gradient,) = torch.autograd.grad(out[0, 0, :, 3].sum(), images)
+    seen = gradient.sum((0, 1, 2))
+    center = float((seen * (torch.arange(size + 32) + 0.5)).sum() / seen.sum())
+    assert grid.offset[0] + 3 * grid.stride[0] == pytest.approx(center)
 
 
 @pytest.mark.parametrize("size", range(9, 30, 4))
