@@ -1,35 +1,38 @@
 """A tensor that goes through a torchvision v2 pipeline beside the image, recording its geometry.
 
-Its kernels are registered with torchvision when this module is imported.
+What each transform does to it stands in `geometry_kernels`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from local_distill.errors import GeometryError
+from local_distill.geometry import check_geometry
 from local_distill.structures import CropGeometry
 
-__all__ = ["GeometryTensor"]
+__all__ = ["GeometryTensor", "PilGeometryTensor", "append_step", "view_size"]
 
 _LENGTH = 13  # matrix, row-major (9), view (height, width), source (height, width)
+_Geometry = TypeVar("_Geometry", bound="GeometryTensor")
 
 
 class GeometryTensor(tv_tensors.TVTensor):  # type: ignore[misc]
     """View → source homography and both sizes, carried through v2 transforms in float64.
 
     Everything stands in the thirteen numbers themselves: attributes of a tensor do not survive
-    ``clone``, ``to`` or a loader's collate.
+    ``clone``, ``to`` or a loader's collate. Leading axes hold a batch of geometries whose views
+    have one size; a transform then acts on all of them alike.
 
     Convention: as in `CropGeometry`, whose three parts it becomes at the end of the pipeline. What
-    padding adds lies outside the source, also where it repeats or reflects pixels.
+    padding or a rotation adds lies outside the source, also where it repeats or reflects pixels.
+
+    Beside a PIL image that is rotated with ``expand``, take a `PilGeometryTensor`.
 
     Example:
         >>> import torch
@@ -43,21 +46,42 @@ class GeometryTensor(tv_tensors.TVTensor):  # type: ignore[misc]
     """
 
     @classmethod
-    def identity(cls, height: int, width: int) -> GeometryTensor:
+    def identity(cls: type[_Geometry], height: int, width: int) -> _Geometry:
         """The geometry of an image that nothing has been done to yet."""
-        return _wrap((1, 0, 0, 0, 1, 0, 0, 0, 1), (height, width), (height, width))
+        return _wrap(cls, (1, 0, 0, 0, 1, 0, 0, 0, 1), (height, width), (height, width))
+
+    @classmethod
+    def from_crop_geometry(cls: type[_Geometry], geometry: CropGeometry) -> _Geometry:
+        """(…, 13) that goes on from ``geometry``, on its device, which has to have float64.
+
+        Raises:
+            ShapeError: not a `CropGeometry`.
+            GeometryError: a geometry that cannot be.
+        """
+        check_geometry("geometry", geometry)
+        parts = (geometry.matrix.flatten(-2), geometry.view_size, geometry.source_size)
+        values = torch.cat([part.to(torch.float64) for part in parts], -1)
+        return values.as_subclass(cls)
 
     def crop_geometry(self, dtype: torch.dtype = torch.float32) -> CropGeometry:
         """What matchers take: the matrix, rounded once to ``dtype``, and int32 sizes.
 
+        The homography's overall sign is such that the middle of the view has a positive third
+        coordinate, as `from_matrix` does it.
+
         Raises:
-            GeometryError: the thirteen numbers were cast or reshaped on the way.
+            GeometryError: the numbers were cast or reshaped on the way.
         """
-        matrix, view_size, source_size = _unwrap(self)
+        numbers = _unwrap(self)
+        if numbers is None:
+            return _batched_crop_geometry(_plain(self), dtype)
+        matrix, view, source = numbers
+        if matrix[6] * view[1] + matrix[7] * view[0] + 2 * matrix[8] < 0:
+            matrix = [-value for value in matrix]
         return CropGeometry(
             torch.tensor(matrix, dtype=dtype).view(3, 3),
-            torch.tensor(view_size, dtype=torch.int32),
-            torch.tensor(source_size, dtype=torch.int32),
+            torch.tensor(view, dtype=torch.int32),
+            torch.tensor(source, dtype=torch.int32),
         )
 
     def as_subclass(self, cls: type[Tensor]) -> Tensor:
@@ -68,151 +92,110 @@ class GeometryTensor(tv_tensors.TVTensor):  # type: ignore[misc]
         return self if cls is Tensor else super().as_subclass(cls)
 
 
-def _wrap(matrix: Sequence[float], view: Sequence[int], source: Sequence[int]) -> GeometryTensor:
-    if min(view) < 1:
+class PilGeometryTensor(GeometryTensor):
+    """A `GeometryTensor` beside a PIL image.
+
+    PIL and torchvision's tensors round the size of an expanding rotation differently: where a
+    corner falls on a whole number, it may be one pixel more. The numbers don't tell whose image
+    goes along, so the type does; `track` looks at the image at every rotation.
+    """
+
+
+def view_size(geometry: Tensor) -> list[int]:
+    """(height, width) of the view, or of all views of a batch.
+
+    Raises:
+        GeometryError: the views of a batch differ in size, or there are none.
+    """
+    numbers = _unwrap(geometry)
+    if numbers is not None:
+        return numbers[1]
+    sizes = _plain(geometry)[..., 9:11].reshape(-1, 2)
+    if sizes.shape[0] == 0 or not bool((sizes == sizes[0]).all()):
         raise GeometryError(
-            f"the view would be (height, width) = {tuple(view)}: a transform leaves no pixels"
+            f"a batch of geometries beside one batch of images needs one view size, got (height, "
+            f"width) = {torch.unique(sizes, dim=0).tolist()}; transform image by image instead"
         )
-    values = torch.tensor([*matrix, *view, *source], dtype=torch.float64)
-    return values.as_subclass(GeometryTensor)
+    return [int(side) for side in sizes[0].tolist()]
 
 
-def _unwrap(geometry: Tensor) -> tuple[list[float], list[int], list[int]]:
-    if geometry.shape != (_LENGTH,) or geometry.dtype != torch.float64:
-        raise GeometryError(
-            f"a GeometryTensor holds {_LENGTH} float64 numbers, got shape {tuple(geometry.shape)} "
-            f"and {geometry.dtype}: keep it out of casts and collate; a batch has one per image"
-        )
-    values = geometry.tolist()
-    return values[:9], [int(side) for side in values[9:11]], [int(side) for side in values[11:]]
+def append_step(geometry: _Geometry, step: Sequence[float], view: Sequence[int]) -> _Geometry:
+    """Append one transform.
 
+    Args:
+        geometry: (…, 13).
+        step: row-major 3 × 3, maps the transform's output pixels to its input pixels.
+        view: (height, width) of its output.
 
-def _extend(geometry: Tensor, step: Sequence[float], view: Sequence[int]) -> GeometryTensor:
-    """Append one transform: ``step``, row-major 3 × 3, maps its output pixels to its input."""
-    m, _, source = _unwrap(geometry)
+    Returns:
+        (…, 13) of the same class.
+
+    Raises:
+        GeometryError: an output without pixels, or a geometry that was cast or reshaped.
+    """
+    numbers = _unwrap(geometry)
+    if numbers is None:
+        return _append_to_batch(geometry, step, view)
+    m, _, source = numbers
     # Plain numbers: at this size torch's dispatch would cost more than the arithmetic.
     product = [
         m[row] * step[col] + m[row + 1] * step[col + 3] + m[row + 2] * step[col + 6]
         for row in (0, 3, 6)
         for col in (0, 1, 2)
     ]
-    return _wrap(product, view, source)
+    return _wrap(type(geometry), product, view, source)
 
 
-def _translate(geometry: Tensor, left: int, top: int, view: Sequence[int]) -> GeometryTensor:
-    return _extend(geometry, (1, 0, left, 0, 1, top, 0, 0, 1), view)
-
-
-def _get_size(geometry: GeometryTensor) -> list[int]:
-    return _unwrap(geometry)[1]
-
-
-def _horizontal_flip(geometry: GeometryTensor) -> GeometryTensor:
-    view = _get_size(geometry)
-    return _extend(geometry, (-1, 0, view[1], 0, 1, 0, 0, 0, 1), view)
-
-
-def _vertical_flip(geometry: GeometryTensor) -> GeometryTensor:
-    view = _get_size(geometry)
-    return _extend(geometry, (1, 0, 0, 0, -1, view[0], 0, 0, 1), view)
-
-
-def _crop(geometry: GeometryTensor, top: int, left: int, height: int, width: int) -> GeometryTensor:
-    return _translate(geometry, left, top, (height, width))
-
-
-def _pad(geometry: GeometryTensor, padding: int | Sequence[int], **_: Any) -> GeometryTensor:
-    sides = [padding] if isinstance(padding, int) else list(padding)
-    # v2 takes one number, (left/right, top/bottom) or (left, top, right, bottom).
-    left, top, right, bottom = sides * (4 // len(sides))
-    height, width = _get_size(geometry)
-    return _translate(geometry, -left, -top, (height + top + bottom, width + left + right))
-
-
-def _center_crop(geometry: GeometryTensor, output_size: int | Sequence[int]) -> GeometryTensor:
-    sides = [output_size] if isinstance(output_size, int) else list(output_size)
-    wanted = sides * (2 // len(sides))
-    top, left = (
-        _center_offset(have, want) for have, want in zip(_get_size(geometry), wanted, strict=True)
+def _append_to_batch(geometry: _Geometry, step: Sequence[float], view: Sequence[int]) -> _Geometry:
+    if min(view) < 1:
+        raise _no_pixels(view)
+    plain = _plain(geometry)
+    batch = plain.shape[:-1]
+    matrix = plain[..., :9].reshape(*batch, 3, 3) @ plain.new_tensor(step).view(3, 3)
+    values = torch.cat(
+        (matrix.flatten(-2), plain.new_tensor(view).expand(*batch, 2), plain[..., 11:]), -1
     )
-    return _translate(geometry, left, top, wanted)
+    return values.as_subclass(type(geometry))
 
 
-def _center_offset(have: int, want: int) -> int:
-    # Where the image is too small it is padded first, the smaller half before it; otherwise the
-    # middle is rounded half to even.
-    return -((want - have) // 2) if want > have else round((have - want) / 2)
+def _batched_crop_geometry(plain: Tensor, dtype: torch.dtype) -> CropGeometry:
+    matrix, sizes = plain[..., :9], plain[..., 9:]
+    middle = matrix[..., 6] * sizes[..., 1] + matrix[..., 7] * sizes[..., 0] + 2 * matrix[..., 8]
+    matrix = torch.where(middle[..., None] < 0, -matrix, matrix)
+    matrix = matrix.reshape(*plain.shape[:-1], 3, 3)
+    whole = sizes.to(torch.int32)
+    return CropGeometry(matrix.to(dtype), whole[..., :2].contiguous(), whole[..., 2:].contiguous())
 
 
-def _resize(
-    geometry: GeometryTensor,
-    size: int | Sequence[int] | None,
-    interpolation: Any = InterpolationMode.BILINEAR,
-    max_size: int | None = None,
-    **_: Any,
-) -> GeometryTensor:
-    check_interpolation("resize", interpolation)
-    height, width = _get_size(geometry)
-    if isinstance(size, Sequence) and len(size) == 2 and max_size is None:
-        new_height, new_width = size
-    else:
-        # torchvision's own rule for one side, asked of an image without channels
-        probe = F.resize(torch.empty(0, height, width), size, max_size=max_size)
-        new_height, new_width = probe.shape[-2:]
-    if min(new_height, new_width) < 1:
+def _wrap(
+    cls: type[_Geometry], matrix: Sequence[float], view: Sequence[int], source: Sequence[int]
+) -> _Geometry:
+    if min(view) < 1:
+        raise _no_pixels(view)
+    values = torch.tensor([*matrix, *view, *source], dtype=torch.float64)
+    return values.as_subclass(cls)
+
+
+def _no_pixels(view: Sequence[int]) -> GeometryError:
+    return GeometryError(
+        f"the view would be (height, width) = {tuple(view)}: a transform leaves no pixels"
+    )
+
+
+def _unwrap(geometry: Tensor) -> tuple[list[float], list[int], list[int]] | None:
+    """Matrix, view and source size of one geometry as plain numbers; None for a batch."""
+    if geometry.shape != (_LENGTH,) or geometry.dtype != torch.float64:
+        _plain(geometry)  # refuses all but a batch
+        return None
+    values = geometry.tolist()
+    return values[:9], [int(side) for side in values[9:11]], [int(side) for side in values[11:]]
+
+
+def _plain(geometry: Tensor) -> Tensor:
+    """The (…, 13) numbers as a pure tensor."""
+    if geometry.shape[-1:] != (_LENGTH,) or geometry.dtype != torch.float64:
         raise GeometryError(
-            f"resize would turn {height} × {width} pixels into {new_height} × {new_width}"
+            f"a GeometryTensor holds {_LENGTH} float64 numbers, or a batch (…, {_LENGTH}) of them, "
+            f"got shape {tuple(geometry.shape)} and {geometry.dtype}: keep it out of casts"
         )
-    step = (width / new_width, 0, 0, 0, height / new_height, 0, 0, 0, 1)
-    return _extend(geometry, step, (new_height, new_width))
-
-
-def _resized_crop(
-    geometry: GeometryTensor,
-    top: int,
-    left: int,
-    height: int,
-    width: int,
-    size: int | Sequence[int],
-    interpolation: Any = InterpolationMode.BILINEAR,
-    **_: Any,
-) -> GeometryTensor:
-    return _resize(_crop(geometry, top, left, height, width), size, interpolation)
-
-
-def check_interpolation(name: str, interpolation: Any) -> None:
-    """Refuse the one interpolation whose pixels are not where the sizes say."""
-    # torch's "nearest" takes the source pixel at i·scale instead of (i + ½)·scale: a bias of half a
-    # step, and on tensors only, which can't be seen from here. 0 is PIL's code for it.
-    if interpolation in (InterpolationMode.NEAREST, "nearest", 0):
-        raise GeometryError(
-            f"`{name}` with interpolation NEAREST shifts tensor images by up to half a source "
-            "step; use InterpolationMode.NEAREST_EXACT (the same pixels on PIL images)"
-        )
-
-
-def _refusing(name: str) -> Callable[..., GeometryTensor]:
-    def kernel(geometry: GeometryTensor, *_: Any, **__: Any) -> GeometryTensor:
-        raise GeometryError(
-            f"`{name}` moves pixels in a way that is not tracked, so the geometry would be wrong; "
-            "take it out of the pipeline or apply it before tracking begins"
-        )
-
-    return kernel
-
-
-_KERNELS: dict[str, Callable[..., Any]] = {
-    "get_size": _get_size,
-    "horizontal_flip": _horizontal_flip,
-    "vertical_flip": _vertical_flip,
-    "crop": _crop,
-    "pad": _pad,
-    "center_crop": _center_crop,
-    "resize": _resize,
-    "resized_crop": _resized_crop,
-}
-# Without a kernel of its own, a transform passes an unknown tensor by in silence.
-for _name in ("affine", "rotate", "perspective", "elastic", "five_crop", "ten_crop"):
-    _KERNELS[_name] = _refusing(_name)
-for _name, _kernel in _KERNELS.items():
-    F.register_kernel(getattr(F, _name), GeometryTensor)(_kernel)
+    return Tensor.as_subclass(geometry, Tensor)

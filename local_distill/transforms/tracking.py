@@ -6,67 +6,24 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import PIL.Image
+import torch
 from torch import Tensor, nn
+from torchvision import tv_tensors
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
 
-from local_distill.errors import ConfigError, GeometryError
+from local_distill.errors import ConfigError, GeometryError, ShapeError
+from local_distill.geometry import check_geometry, compose
 from local_distill.structures import CropGeometry
-from local_distill.transforms.geometry_tensor import GeometryTensor, check_interpolation
+from local_distill.transforms.geometry_kernels import check_interpolation
+from local_distill.transforms.geometry_tensor import GeometryTensor, view_size
 from local_distill.transforms.images import image_size
+from local_distill.transforms.pipeline_steps import Sample, TrackedStep, UntrackedStep, VouchedStep
+from local_distill.transforms.transform_classes import TransformKind, class_entry
 
 __all__ = ["Tracked", "track"]
 
-
-def _classes(*names: str) -> frozenset[type]:
-    # by name: some exist only in newer torchvision
-    return frozenset(getattr(v2, name) for name in names if hasattr(v2, name))
-
-
-_TRACKED = _classes(
-    *("CenterCrop", "Pad", "RandomCrop", "RandomHorizontalFlip", "RandomResize"),
-    *("RandomResizedCrop", "RandomShortestSize", "RandomVerticalFlip", "RandomZoomOut"),
-    *("Resize", "ScaleJitter"),
-)
-_PHOTOMETRIC = _classes(
-    *("ClampBoundingBoxes", "ColorJitter", "ConvertImageDtype", "GaussianBlur", "GaussianNoise"),
-    *("Grayscale", "Identity", "JPEG", "Normalize", "PILToTensor", "RGB", "RandomAdjustSharpness"),
-    *("RandomAutocontrast", "RandomChannelPermutation", "RandomEqualize", "RandomErasing"),
-    *("RandomGrayscale", "RandomInvert", "RandomPhotometricDistort", "RandomPosterize"),
-    *("RandomSolarize", "ToDtype", "ToImage", "ToPILImage", "ToPureTensor", "ToTensor"),
-)
-
-_COLOUR = "use ColorJitter, RandomSolarize, RandomPosterize and the like, which only change colours"
-_LATER = "use crops, resizes, flips and pads, which are tracked"
-# torchvision's own transforms that are known to move pixels: nobody can vouch for these.
-_MOVING = {
-    "AugMix": f"it shears, rotates and mixes the image behind the geometry's back; {_COLOUR}",
-    "AutoAugment": f"it shears and rotates the image behind the geometry's back; {_COLOUR}",
-    "RandAugment": f"it shears and rotates the image behind the geometry's back; {_COLOUR}",
-    "TrivialAugmentWide": f"it shears and rotates the image behind the geometry's back; {_COLOUR}",
-    "CutMix": "it pastes pixels of another image; apply it to the batch, after the views are made",
-    "MixUp": "it blends in another image; apply it to the batch, after the views are made",
-    "ElasticTransform": f"its displacement is no homography; {_LATER}",
-    "FiveCrop": f"it returns several views; {_LATER}, once per view",
-    "TenCrop": f"it returns several views; {_LATER}, once per view",
-    "RandomAffine": f"it is not tracked; {_LATER}",
-    "RandomIoUCrop": "it needs bounding boxes; use RandomResizedCrop",
-    "RandomPerspective": f"it is not tracked; {_LATER}",
-    "RandomRotation": f"it is not tracked; {_LATER}",
-}
 _VOUCH = "if it moves no pixels, vouch for it with `trust=[{name}]`"
-
-
-class _ImageOnly(nn.Module):
-    """A transform that the caller vouched for: shown the image, and nothing else."""
-
-    def __init__(self, transform: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self.transform = transform
-
-    def forward(self, sample: tuple[GeometryTensor, Any]) -> tuple[GeometryTensor, Any]:
-        geometry, image = sample
-        return geometry, self.transform(image)
+_RESIZING = ("RandomResize", "RandomResizedCrop", "RandomShortestSize", "Resize", "ScaleJitter")
 
 
 class Tracked:
@@ -82,44 +39,42 @@ class Tracked:
         trusted = list(trust)
         for entry in trusted:
             kind = entry if isinstance(entry, type) else type(entry)
-            if kind in _TRACKED or kind in _classes(*_MOVING):
+            known = class_entry(kind)
+            if known is not None and not known.can_be_trusted and _moves(known.kind):
                 raise ConfigError(
                     f"`trust` names {kind.__name__}, which moves pixels; trust is for transforms "
                     "that only change colours"
                 )
-        self.pipeline: Callable[[tuple[Tensor, Any]], tuple[Tensor, Any]] = _admit(
-            pipeline, trusted
-        )
+        self.pipeline: Callable[[Sample], Sample] = _admit(pipeline, trusted)
 
-    def __call__(self, image: PIL.Image.Image | Tensor) -> tuple[Any, CropGeometry]:
-        """Transform one image.
+    def __call__(
+        self, image: PIL.Image.Image | Tensor, geometry: CropGeometry | None = None
+    ) -> tuple[Any, Any]:
+        """Transform one image, or one batch of images with one draw for all, as v2 does.
 
         Args:
-            image: a PIL image or a (channels, height, width) tensor.
+            image: a PIL image or a (…, channels, height, width) tensor.
+            geometry: where ``image`` itself lies in its source, if it is a view already: with the
+                same leading axes (…) as the image. What is returned then leads back to that
+                source, as ``compose(geometry, step)`` does. On a GPU its sizes are not compared
+                with the image's, which would wait for the device.
 
         Returns:
-            What the pipeline makes of it, and where that lies in ``image``: float32 matrix, int32
-            sizes.
+            What the pipeline makes of it, and where that lies in ``image``: float32 matrix (or
+            ``geometry``'s dtype), int32 sizes, with the image's leading axes and on its device.
+            Behind ``FiveCrop`` or ``TenCrop``: a tuple of views and a tuple of geometries.
 
         Raises:
-            ShapeError: not one image.
-            GeometryError: the pipeline changed the image's size in a way that was not tracked.
+            ShapeError: not an image, or ``geometry`` has other leading axes.
+            GeometryError: ``geometry`` is of a view of another size, or the pipeline changed the
+                image's size in a way that was not tracked.
         """
-        height, width = image_size(image)
-        # The geometry goes first: what it refuses is then said in its words, not torch's.
-        geometry, view = self.pipeline((GeometryTensor.identity(height, width), image))
-        if not isinstance(geometry, GeometryTensor):
-            raise GeometryError(
-                f"the pipeline turned the geometry into a {type(geometry).__name__}; "
-                "a transform in it treats every tensor as an image"
-            )
-        seen, expected = list(image_size(view)), F.get_size(geometry)
-        if seen != expected:
-            raise GeometryError(
-                f"the view is (height, width) = {tuple(seen)} but the tracked geometry says "
-                f"{tuple(expected)}: a transform that was vouched for in `trust` moves pixels"
-            )
-        return view, geometry.crop_geometry()
+        batch, (height, width) = _image_shape(image)
+        if geometry is not None:
+            _check_start(geometry, batch, (height, width))
+        start = GeometryTensor.identity(height, width)
+        step, view = self.pipeline((start, image))
+        return view, _finish(step, view, batch, geometry)
 
     def __repr__(self) -> str:
         return f"Tracked({self.pipeline!r})"
@@ -130,17 +85,24 @@ def track(
 ) -> Tracked:
     """Make a torchvision v2 pipeline return where its view lies in the image, beside the view.
 
-    The pixels are the same as without, under the same seed. Crops, resizes, flips and pads are
-    tracked, however nested in ``Compose``, ``RandomApply``, ``RandomChoice`` and ``RandomOrder``.
+    The pixels are the same as without, under the same seed. Crops, resizes, flips, pads, rotations,
+    affine and perspective transforms are tracked, however nested in ``Compose``, ``RandomApply``,
+    ``RandomChoice`` and ``RandomOrder``. `transform_classes` lists every class and what becomes of
+    it. The pipeline is walked once, here; a transform that is not known is refused, subclasses of
+    known ones too.
 
     Convention: outside the source is outside; reflected or repeated padding shows pixels that are
     not where they seem, and their positions lie beyond the image. Padding *after* a crop is not
     told from the image, as its positions lie in the source, where the crop cut it off: pad first.
+    The same holds for the corners that a rotation or a perspective fills: they are told from the
+    image only where they lie outside the *source*, so rotate first and crop afterwards. Beyond the
+    horizon of a strong perspective, positions are NaN.
 
     Args:
         pipeline: one v2 transform, or a v2 container of them.
         trust: transforms, or classes of transforms, that move no pixels although this package does
-            not know them: your own, ``Lambda``, v1 ones. They are shown the image alone.
+            not know them: your own, ``Lambda``, v1 ones. They are shown the image alone; behind
+            ``FiveCrop``, one view after the other.
 
     Returns:
         A callable from an image to ``(view, CropGeometry)``; it can be pickled for loader workers.
@@ -157,36 +119,131 @@ def track(
         tensor([[ 4.,  0., 10.],
                 [ 0.,  2., 10.],
                 [ 0.,  0.,  1.]])
+        >>> views, geometries = track(v2.FiveCrop(8))(torch.zeros(3, 30, 40))
+        >>> [geometry.matrix[:2, 2].tolist() for geometry in geometries]
+        [[0.0, 0.0], [32.0, 0.0], [0.0, 22.0], [32.0, 22.0], [16.0, 11.0]]
         >>> track(v2.RandAugment())
         Traceback (most recent call last):
         ...
         local_distill.errors.ConfigError: cannot track RandAugment: it shears and rotates the image
         behind the geometry's back; use ColorJitter, ...
+
+    Deviations: behind ``FiveCrop`` and ``TenCrop``, torchvision transforms only the first of
+        several pure tensors; here all views are transformed, of whatever type they are.
     """
     return Tracked(pipeline, trust)
+
+
+def _image_shape(image: object) -> tuple[tuple[int, ...], tuple[int, int]]:
+    """Leading axes and (height, width)."""
+    if (
+        isinstance(image, Tensor)
+        and image.dim() > 3
+        and 0 not in image.shape[-3:]
+        and (isinstance(image, tv_tensors.Image) or not isinstance(image, tv_tensors.TVTensor))
+    ):
+        return tuple(image.shape[:-3]), (image.shape[-2], image.shape[-1])
+    return (), image_size(image)
+
+
+def _check_start(geometry: CropGeometry, batch: tuple[int, ...], size: tuple[int, int]) -> None:
+    check_geometry("geometry", geometry)
+    axes = tuple(geometry.matrix.shape[:-2])
+    if axes != batch:
+        raise ShapeError(
+            f"`geometry` has leading axes {axes} but `image` has {batch}: one geometry per image; "
+            "stack or expand it to the images' batch"
+        )
+    sizes = geometry.view_size
+    if sizes.device.type == "cpu" and not bool((sizes == sizes.new_tensor(size)).all()):
+        raise GeometryError(
+            f"`geometry` is of views of (height, width) = "
+            f"{torch.unique(sizes.reshape(-1, 2), dim=0).tolist()} but `image` is {size}: it has "
+            "to say where this very image lies in its source"
+        )
+
+
+def _finish(
+    step: Any, view: Any, batch: tuple[int, ...], geometry: CropGeometry | None
+) -> CropGeometry | tuple[Any, ...]:
+    """The tracked numbers as `CropGeometry`, for one view or for a tuple of them."""
+    if isinstance(view, (tuple, list)) and isinstance(step, tuple):
+        return tuple(
+            _finish(part, shown, batch, geometry) for part, shown in zip(step, view, strict=True)
+        )
+    leading, seen = _image_shape(view)
+    expected = view_size(step)
+    if list(seen) != expected or leading != batch:
+        raise GeometryError(
+            f"the view is (height, width) = {tuple(seen)} but the tracked geometry says "
+            f"{tuple(expected)}: a transform that was vouched for in `trust` moves pixels"
+            if leading == batch
+            else f"the view has leading axes {leading} but the image had {batch}: a transform that "
+            "was vouched for in `trust` changes the batch"
+        )
+    if geometry is None and not batch:
+        made: CropGeometry = step.crop_geometry()
+    elif geometry is None:
+        made = CropGeometry(
+            # whole copies: an expanded tensor can't be pinned or shared by a loader's workers
+            *(part.expand(*batch, *part.shape).contiguous() for part in step.crop_geometry())
+        )
+    else:
+        return _continue(geometry, step.crop_geometry(torch.float64))
+    return made.to(view.device) if isinstance(view, Tensor) else made
+
+
+def _continue(geometry: CropGeometry, step: CropGeometry) -> CropGeometry:
+    device, dtype = geometry.matrix.device, geometry.matrix.dtype
+    # Not all devices have float64; `compose` works in the widest there is.
+    whole = compose(geometry, step if device.type == "cpu" else step.to(device))
+    return CropGeometry(
+        whole.matrix.to(dtype), whole.view_size.contiguous(), whole.source_size.contiguous()
+    )
 
 
 def _admit(transform: Any, trusted: Sequence[Any]) -> Any:
     """Rebuild a pipeline from parts that are known not to lose the geometry."""
     kind = type(transform)
     if any(entry is transform or entry is kind for entry in trusted):
-        return _ImageOnly(transform)
-    if kind in (v2.Compose, v2.RandomApply, v2.RandomChoice, v2.RandomOrder):
-        parts = [_admit(part, trusted) for part in transform.transforms]
-        if kind in (v2.RandomApply, v2.RandomChoice):
-            return kind(parts, p=transform.p)
-        return kind(parts)
+        return VouchedStep(transform)
     if kind is nn.Sequential:
         return v2.Compose([_admit(part, trusted) for part in transform])
-    if kind in _TRACKED:
+    entry = class_entry(kind)
+    if entry is None or entry.kind is TransformKind.REFUSED:
+        raise ConfigError(_refusal(transform))
+    _check_unaltered(transform)
+    if entry.kind is TransformKind.CONTAINER:
+        parts = [_admit(part, trusted) for part in transform.transforms]
+        return kind(parts, p=transform.p) if hasattr(transform, "p") else kind(parts)
+    if entry.kind is TransformKind.PHOTOMETRIC:
+        return UntrackedStep(transform)
+    if kind.__name__ in _RESIZING:
         try:
-            check_interpolation(kind.__name__, getattr(transform, "interpolation", None))
+            check_interpolation(kind.__name__, transform.interpolation)
         except GeometryError as error:
             raise ConfigError(f"cannot track {kind.__name__}: {error}") from None
-        return transform
-    if kind in _PHOTOMETRIC:
-        return transform
-    raise ConfigError(_refusal(transform))
+    return TrackedStep(transform)
+
+
+def _moves(kind: TransformKind) -> bool:
+    return kind in (TransformKind.TRACKED, TransformKind.REFUSED)
+
+
+def _check_unaltered(transform: nn.Module) -> None:
+    """Refuse an object whose methods were replaced, or that runs hooks: it may do anything."""
+    name = type(transform).__name__
+    replaced = [
+        key
+        for key, value in vars(transform).items()
+        if callable(getattr(type(transform), key, None)) and callable(value)
+    ]
+    if replaced or transform._forward_hooks or transform._forward_pre_hooks:
+        what = f"its `{replaced[0]}` was replaced" if replaced else "it has forward hooks"
+        raise ConfigError(
+            f"cannot track {name}: {what}, and what that does to the pixels can't be seen; "
+            f"{_VOUCH.format(name='it')}"
+        )
 
 
 def _refusal(transform: Any) -> str:
@@ -202,16 +259,20 @@ def _refusal(transform: Any) -> str:
         if isinstance(transform, nn.Module)
         else getattr(transform, "__name__", kind.__name__)
     )
-    if kind in _classes(*_MOVING):
-        return f"cannot track {name}: {_MOVING[name]}"
+    entry = class_entry(kind)
+    if entry is not None:
+        return f"cannot track {name}: {entry.reason}"
     module = kind.__module__
     if module.startswith("torchvision.transforms.") and ".v2." not in f"{module}.":
         return (
             f"cannot track {name}: it is a torchvision v1 transform, which sees the image alone; "
             f"use torchvision.transforms.v2.{name}"
         )
-    if kind is v2.Lambda:
-        return f"cannot track Lambda: what it does can't be seen; {_VOUCH.format(name='it')}"
-    return (
-        f"cannot track {name}: it is not known whether it moves pixels; {_VOUCH.format(name=name)}"
-    )
+    vouch = _VOUCH.format(name=name)
+    base = next((base for base in kind.__mro__[1:] if class_entry(base) is not None), None)
+    if base is not None and base is not v2.Transform:
+        return (
+            f"cannot track {name}: it is a subclass of {base.__name__}, which may override "
+            f"anything; use {base.__name__} itself, or {vouch}"
+        )
+    return f"cannot track {name}: it is not known whether it moves pixels; {vouch}"
