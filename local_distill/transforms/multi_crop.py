@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import PIL.Image
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from local_distill._check import check_at_least, check_fraction
-from local_distill.errors import ConfigError
 from local_distill.structures import CropGeometry
-from local_distill.transforms.crop_boxes import CropBox, box_geometries, sample_box
+from local_distill.transforms.constraints import BoxConstraints, DrawnBoxes, constrain_boxes
+from local_distill.transforms.crop_boxes import box_geometries, sample_box
 from local_distill.transforms.images import rgb_tensor
+from local_distill.transforms.setting_checks import (
+    check_jitter,
+    check_normalize,
+    check_numbers,
+    check_range,
+    check_size,
+)
+from local_distill.transforms.view_pixels import blur, cut_view, jitter, run_pipeline
+from local_distill.transforms.view_recipes import ViewRecipe, ViewSettings, check_recipes
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "MultiCrop"]
 
@@ -27,15 +34,6 @@ _SOLARIZE_FROM = 128 / 255
 _DRAWS = 40  # uniform numbers that one view may need: 22 for its box, 14 for its colours, 2 flips
 
 
-class _Recipe(NamedTuple):
-    """How one view is made."""
-
-    size: tuple[int, int]
-    scale: tuple[float, float]
-    blur_p: float
-    solarize_p: float
-
-
 class MultiCrop(nn.Module):
     """Several random views of an image, two global and eight local by default, as in DINO.
 
@@ -43,8 +41,16 @@ class MultiCrop(nn.Module):
     blurred and solarised at random, then normalised. The first global view is always blurred, the
     second rarely and sometimes solarised, local views every other time.
 
+    The boxes can be constrained, before any pixel is touched: ``min_overlap`` of each local view's
+    own area lies in a global view, ``min_global_overlap`` of the smaller of two global views' in
+    the other. A box that meets its constraint is left alone. Otherwise its place is drawn again
+    ``max_retries`` times at most, its size is kept; where that fails too the best place tried is
+    moved as far as it takes, and shrunk only where its size is the obstacle. So the constraint
+    always holds; `draw_boxes` says how often what was needed.
+
     All random numbers of an image come from one call of torch's generator, so that ``manual_seed``
-    and a loader's workers behave as usual.
+    and a loader's workers behave as usual (a recipe's own ``pipeline`` draws for itself). Under one
+    seed a constraint changes the boxes that fail it and nothing else.
 
     Args:
         global_size: side, or (height, width), of the global views in pixels.
@@ -66,6 +72,14 @@ class MultiCrop(nn.Module):
             the view wide instead, which cuts it off in small views.
         solarize_p: probability of solarising a global view other than the first.
         normalize: (mean, std) per channel, ImageNet's by default; None leaves values in [0, 1].
+        recipes: the views one kind after the other, global ones first, for several local sizes or
+            augmentations of their own; in place of the two sizes, counts and scales above.
+        min_overlap: least share of a local view's area that lies in a global view, 0 for any.
+        overlap_with: whether "any" global view will do, or "all" have to have that share of it;
+            "all" needs ``min_global_overlap``.
+        local_inside: local views lie in a global view (or in all): ``min_overlap`` of 1.
+        min_global_overlap: least share of the smaller of any two global views that both show.
+        max_retries: how often a place is drawn again, at most.
 
     Returns:
         From ``forward(image)``: the views, a list of (3, height, width) float32 tensors, global
@@ -74,7 +88,9 @@ class MultiCrop(nn.Module):
         batched.
 
     Raises:
-        ConfigError: a setting that cannot be; ``forward`` raises ShapeError for what is no image.
+        ConfigError: a setting that cannot be, or a constraint that views of these scales cannot
+            meet; ``forward`` raises ShapeError for what is no image, and GeometryError where a
+            recipe's pipeline changes the size of its view.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -83,13 +99,21 @@ class MultiCrop(nn.Module):
         [(3, 224, 224), (3, 224, 224), (3, 96, 96), (3, 96, 96)]
         >>> geometries[0].source_size
         tensor([60, 80], dtype=torch.int32)
+        >>> inside = MultiCrop(local_inside=True, overlap_with="all", min_global_overlap=0.2)
+        >>> max(inside.draw_boxes((60, 80)).attempts) <= 1 + 20
+        True
 
     Source: Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers", §3 and
-        appendix; the augmentations are those of Grill et al. 2020 (BYOL), appendix B.
+        appendix; the augmentations are those of Grill et al. 2020 (BYOL), appendix B. Constraints:
+        Van Gansbeke et al. 2021, "Revisiting Contrastive Methods for Unsupervised Learning of
+        Visual Representations" (a tenth of a local view in one given global view), and Ziegler and
+        Asano 2022, "Self-Supervised Learning of Object Parts for Semantic Segmentation" (a
+        hundredth of the image in all global views).
 
-    Deviations from the authors' code: colours are worked out in float32 after the crop, not rounded
-    to 8 bits between the steps; the blur is a Gaussian where PIL's is three box blurs of about its
-    width.
+    Deviations from the authors' code: Van Gansbeke's gives a constraint up after ten attempts,
+    Ziegler's retries without end, and both draw the size again as well. DINO's rounds colours to 8
+    bits between the steps, here they are float32 after the crop; its blur is PIL's three box blurs
+    of about the Gaussian's width.
     """
 
     def __init__(
@@ -111,173 +135,158 @@ class MultiCrop(nn.Module):
         blur_sigma: Sequence[float] = (0.1, 2.0),
         solarize_p: float = 0.2,
         normalize: Sequence[Sequence[float]] | None = (IMAGENET_MEAN, IMAGENET_STD),
+        recipes: Sequence[ViewRecipe] | None = None,
+        min_overlap: float = 0.0,
+        overlap_with: Literal["any", "all"] = "any",
+        local_inside: bool = False,
+        min_global_overlap: float = 0.0,
+        max_retries: int = 20,
     ) -> None:
         super().__init__()
-        check_at_least("global_count", global_count, 1)
-        check_at_least("local_count", local_count, 0)
-        self.global_size = _check_size("global_size", global_size)
-        self.local_size = _check_size("local_size", local_size)
-        self.global_scale = _check_range("global_scale", global_scale, high=1.0)
-        self.local_scale = _check_range("local_scale", local_scale, high=1.0)
-        self.ratio = _check_range("ratio", ratio)
+        self.ratio = check_range("ratio", ratio)
         self.hflip_p = check_fraction("hflip_p", hflip_p)
         self.vflip_p = check_fraction("vflip_p", vflip_p)
-        self.color_jitter = None if color_jitter is None else _check_jitter(color_jitter)
+        self.color_jitter = None if color_jitter is None else check_jitter(color_jitter)
         self.color_jitter_p = check_fraction("color_jitter_p", color_jitter_p)
         self.grayscale_p = check_fraction("grayscale_p", grayscale_p)
-        blur = _check_numbers("blur_p", blur_p, 3, "(first global, other global, local)")
-        self.blur_p = tuple(check_fraction("blur_p", p) for p in blur)
-        self.blur_sigma = _check_range("blur_sigma", blur_sigma)
+        three = check_numbers("blur_p", blur_p, 3, "(first global, other global, local)")
+        self.blur_p = tuple(check_fraction("blur_p", p) for p in three)
+        self.blur_sigma = check_range("blur_sigma", blur_sigma)
         self.solarize_p = check_fraction("solarize_p", solarize_p)
-        self.normalize = None if normalize is None else _check_normalize(normalize)
-        first, other, local = self.blur_p
-        self._recipes = (
-            _Recipe(self.global_size, self.global_scale, first, 0.0),
-            *[_Recipe(self.global_size, self.global_scale, other, self.solarize_p)]
-            * (global_count - 1),
-            *[_Recipe(self.local_size, self.local_scale, local, 0.0)] * local_count,
+        self.normalize = None if normalize is None else check_normalize(normalize)
+        if recipes is None:
+            check_at_least("global_count", global_count, 1)
+            check_at_least("local_count", local_count, 0)
+            self.global_size = check_size("global_size", global_size)
+            self.local_size = check_size("local_size", local_size)
+            self.global_scale = check_range("global_scale", global_scale, high=1.0)
+            self.local_scale = check_range("local_scale", local_scale, high=1.0)
+            recipes = [
+                ViewRecipe(self.global_size, self.global_scale, global_count, is_global=True),
+                *[ViewRecipe(self.local_size, self.local_scale)] * local_count,
+            ]
+        else:
+            check_recipes(
+                recipes,
+                global_size=global_size,
+                local_size=local_size,
+                global_count=global_count,
+                local_count=local_count,
+                global_scale=global_scale,
+                local_scale=local_scale,
+            )
+        kinds = [recipe for recipe in recipes for _ in range(recipe.count)]
+        self.num_global = sum(recipe.is_global for recipe in kinds)
+        self.num_views = len(kinds)
+        self._views = tuple(
+            ViewSettings.of(
+                recipe,
+                ratio=self.ratio,
+                hflip_p=self.hflip_p,
+                vflip_p=self.vflip_p,
+                blur_p=self.blur_p[0 if index == 0 else 1 if recipe.is_global else 2],
+                solarize_p=self.solarize_p if recipe.is_global and index > 0 else 0.0,
+            )
+            for index, recipe in enumerate(kinds)
         )
-        self.num_global = global_count
-        self.num_views = global_count + local_count
+        self.constraints = BoxConstraints(
+            1.0 if local_inside else check_fraction("min_overlap", min_overlap),
+            overlap_with,
+            check_fraction("min_global_overlap", min_global_overlap),
+            max_retries,
+        ).check(
+            [view.scale for view in self._views if view.is_global],
+            [view.scale for view in self._views if not view.is_global],
+        )
 
     @property
     def view_sizes(self) -> list[tuple[int, int]]:
         """(height, width) of each view, in the order of the views."""
-        return [recipe.size for recipe in self._recipes]
+        return [view.size for view in self._views]
+
+    def draw_boxes(self, source_size: tuple[int, int]) -> DrawnBoxes:
+        """Draw the boxes of one image's views alone, to see what the constraints come to.
+
+        They are those that ``forward`` would cut out of an image of that size, under the same seed.
+
+        Args:
+            source_size: (height, width) in pixels.
+
+        Returns:
+            The boxes, the places tried for each, and which were repaired.
+
+        Example:
+            >>> _ = torch.manual_seed(0)
+            >>> crop = MultiCrop(min_overlap=0.9, max_retries=1)
+            >>> drawn = [crop.draw_boxes((375, 500)) for _ in range(100)]
+            >>> max(attempts for image in drawn for attempts in image.attempts)
+            2
+            >>> 0 < sum(repaired for image in drawn for repaired in image.repaired) < 800
+            True
+        """
+        return self._draw(check_size("source_size", source_size))[0]
 
     def forward(self, image: PIL.Image.Image | Tensor) -> tuple[list[Tensor], list[CropGeometry]]:
         """Make the views of one image; see the class."""
         source = rgb_tensor(image)
         source_size = (source.shape[1], source.shape[2])
-        numbers = torch.rand(self.num_views, _DRAWS, dtype=torch.float64).tolist()
-        views, boxes = [], []
-        for recipe, row in zip(self._recipes, numbers, strict=True):
-            draws = iter(row)
-            box = sample_box(draws, source_size, recipe.scale, self.ratio)
-            box = box._replace(hflip=next(draws) < self.hflip_p, vflip=next(draws) < self.vflip_p)
-            boxes.append(box)
-            views.append(self._colour(_cut(source, box, recipe.size), recipe, draws))
-        return views, box_geometries(boxes, self.view_sizes, source_size)
+        (boxes, *_), numbers = self._draw(source_size)
+        geometries = box_geometries(boxes, self.view_sizes, source_size)
+        views = []
+        for index, (settings, box, draws) in enumerate(
+            zip(self._views, boxes, numbers, strict=True)
+        ):
+            view = cut_view(source, box, settings.size)
+            if settings.pipeline is None:
+                view = self._colour(view, settings, draws)
+            else:
+                view, geometries[index] = run_pipeline(settings.pipeline, view, geometries[index])
+            views.append(view)
+        return views, geometries
 
-    def _colour(self, view: Tensor, recipe: _Recipe, draws: Iterator[float]) -> Tensor:
+    def _draw(self, source_size: tuple[int, int]) -> tuple[DrawnBoxes, list[Iterator[float]]]:
+        """The boxes, and each view's remaining random numbers."""
+        num_local = self.num_views - self.num_global
+        own = self.num_views * _DRAWS
+        extra = self.constraints.extra_draws(self.num_global, num_local)
+        # One call. The retries' numbers come last, so that they shift nobody else's.
+        numbers = torch.rand(own + extra, dtype=torch.float64).tolist()
+        rows = [iter(numbers[start : start + _DRAWS]) for start in range(0, own, _DRAWS)]
+        boxes = []
+        for view, draws in zip(self._views, rows, strict=True):
+            box = sample_box(draws, source_size, view.scale, view.ratio)
+            hflip, vflip = next(draws) < view.hflip_p, next(draws) < view.vflip_p
+            boxes.append(box._replace(hflip=hflip, vflip=vflip))
+        drawn = constrain_boxes(
+            boxes, self.num_global, source_size, self.constraints, iter(numbers[own:])
+        )
+        return drawn, rows
+
+    def _colour(self, view: Tensor, settings: ViewSettings, draws: Iterator[float]) -> Tensor:
         if self.color_jitter is not None and next(draws) < self.color_jitter_p:
-            view = _jitter(view, self.color_jitter, draws)
+            view = jitter(view, self.color_jitter, draws)
         if next(draws) < self.grayscale_p:
             view = F.rgb_to_grayscale_image(view, num_output_channels=3)
-        if next(draws) < recipe.blur_p:
+        if next(draws) < settings.blur_p:
             low, high = self.blur_sigma
-            view = _blur(view, low + (high - low) * next(draws))
-        if next(draws) < recipe.solarize_p:
+            view = blur(view, low + (high - low) * next(draws))
+        if next(draws) < settings.solarize_p:
             view = F.solarize_image(view, _SOLARIZE_FROM)
         if self.normalize is not None:
             view = F.normalize_image(view, *self.normalize)
         return view
 
     def extra_repr(self) -> str:
-        """Counts, sizes and scales."""
-        return (
-            f"{self.num_global} × {self.global_size} of {self.global_scale}, "
-            f"{self.num_views - self.num_global} × {self.local_size} of {self.local_scale}"
-        )
-
-
-def _cut(source: Tensor, box: CropBox, size: tuple[int, int]) -> Tensor:
-    """Crop, resize and flip: (3, height, width) float32 in [0, 1]."""
-    view: Tensor = F.resized_crop_image(
-        source,
-        *box[:4],
-        size=list(size),
-        interpolation=InterpolationMode.BICUBIC,
-        antialias=True,
-    )
-    flipped = [axis for axis, flip in ((-1, box.hflip), (-2, box.vflip)) if flip]
-    if flipped:
-        view = view.flip(flipped)
-    if source.dtype == torch.uint8:
-        return view.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-    return view.clamp(0, 1)  # bicubic overshoots
-
-
-def _jitter(view: Tensor, strengths: Sequence[float], draws: Iterator[float]) -> Tensor:
-    """Brightness, contrast, saturation and hue in random order, as v2's ColorJitter."""
-    order = sorted((next(draws), index) for index in range(4))
-    amounts = [strength * (2 * next(draws) - 1) for strength in strengths]
-    for _, index in order:
-        if strengths[index] == 0:
-            continue
-        if index == 0:
-            view = F.adjust_brightness_image(view, max(0.0, 1 + amounts[0]))
-        elif index == 1:
-            view = F.adjust_contrast_image(view, max(0.0, 1 + amounts[1]))
-        elif index == 2:
-            view = F.adjust_saturation_image(view, max(0.0, 1 + amounts[2]))
-        else:
-            view = _shift_hue(view, amounts[3])
-    return view
-
-
-def _shift_hue(view: Tensor, amount: float) -> Tensor:
-    """``adjust_hue_image`` of v2 in a third of its operations, which were half of a view's cost."""
-    largest, which = view.max(0, keepdim=True)
-    chroma = largest - view.amin(0, keepdim=True)
-    # The hue in sixths of a turn: 2·(the largest channel) + (the next − the one after) / chroma.
-    around = (view.roll(-1, 0) - view.roll(-2, 0)).gather(0, which)
-    hue = around / chroma.clamp_min(1e-12) + 2 * which + 6 * amount
-    # The way back: each channel falls below the largest by chroma times a trapezium of the hue.
-    position = (hue + torch.tensor([5.0, 3.0, 1.0], device=view.device).view(3, 1, 1)).remainder(6)
-    return largest - chroma * torch.minimum(position, 4 - position).clamp(0, 1)
-
-
-def _blur(view: Tensor, sigma: float) -> Tensor:
-    # Reflection needs the kernel's half to be smaller than the view.
-    kernel = [
-        1 + 2 * min(math.ceil(3 * sigma), side - 1) for side in (view.shape[2], view.shape[1])
-    ]
-    return F.gaussian_blur_image(view, kernel, [sigma, sigma])  # type: ignore[no-any-return]
-
-
-def _check_numbers(name: str, values: Any, count: int, meaning: str) -> tuple[float, ...]:
-    if (
-        not isinstance(values, Sequence)
-        or len(values) != count
-        or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
-    ):
-        raise ConfigError(f"`{name}` must be {count} finite numbers {meaning}, got {values!r}")
-    return tuple(float(value) for value in values)
-
-
-def _check_size(name: str, size: int | Sequence[int]) -> tuple[int, int]:
-    sides = (size, size) if isinstance(size, int) else size
-    if not isinstance(sides, Sequence) or len(sides) != 2:
-        raise ConfigError(f"`{name}` must be a side or (height, width) in pixels, got {size!r}")
-    return check_at_least(name, sides[0], 1), check_at_least(name, sides[1], 1)
-
-
-def _check_range(
-    name: str, bounds: Sequence[float], *, high: float = math.inf
-) -> tuple[float, float]:
-    least, largest = _check_numbers(name, bounds, 2, "(least, largest)")
-    if not 0 < least <= largest <= high:
-        limit = "" if high == math.inf else f" ≤ {high:g}"
-        raise ConfigError(f"`{name}` must be 0 < least ≤ largest{limit}, got {tuple(bounds)}")
-    return least, largest
-
-
-def _check_jitter(strengths: Sequence[float]) -> tuple[float, ...]:
-    meaning = "(brightness, contrast, saturation, hue)"
-    values = _check_numbers("color_jitter", strengths, 4, meaning)
-    if min(values) < 0 or values[3] > 0.5:
-        raise ConfigError(
-            f"`color_jitter` {meaning} must not be negative, and hue at most 0.5, got {values}"
-        )
-    return values
-
-
-def _check_normalize(normalize: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
-    if not isinstance(normalize, Sequence) or len(normalize) != 2:
-        raise ConfigError(f"`normalize` must be (mean, std) or None, got {normalize!r}")
-    mean = _check_numbers("normalize", normalize[0], 3, "as mean")
-    std = _check_numbers("normalize", normalize[1], 3, "as std")
-    if min(std) <= 0:
-        raise ConfigError(f"`normalize`: std must be above 0, got {std}")
-    return list(mean), list(std)
+        """Counts, sizes and scales, and the constraints."""
+        kinds: dict[tuple[Any, ...], int] = {}
+        for view in self._views:
+            kinds[view.is_global, view.size, view.scale] = (
+                kinds.get((view.is_global, view.size, view.scale), 0) + 1
+            )
+        parts = [
+            f"{count} × {size} {'global' if is_global else 'local'} of {scale}"
+            for (is_global, size, scale), count in kinds.items()
+        ]
+        changed = zip(BoxConstraints._fields, self.constraints, BoxConstraints(), strict=True)
+        parts += [f"{name}={value!r}" for name, value, default in changed if value != default]
+        return ", ".join(parts)
