@@ -1,0 +1,11 @@
+"""`assert_tracks`: proof on pixels that a pipeline's geometry is right."""
+
+from __future__ import annotations
+
+from local_distill.transforms.verification.assertion import (
+    TrackingError,
+    TrackingReport,
+    assert_tracks,
+)
+
+__all__ = ["TrackingError", "TrackingReport", "assert_tracks"]
