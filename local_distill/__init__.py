@@ -13,6 +13,7 @@ from local_distill.errors import (
     MissingExtraError,
     ShapeError,
 )
+from local_distill.footprints import footprint_areas, overlap_area, token_footprints
 from local_distill.geometry import (
     cell_diagonals,
     compose,
@@ -53,7 +54,7 @@ from local_distill.teacher import EmaTeacher
 
 if TYPE_CHECKING:
     from local_distill.backbones import TimmBackbone, measure_token_grid
-    from local_distill.transforms import MultiCrop, track
+    from local_distill.transforms import MultiCrop, MultiView, assert_tracks, track, upgrade
 
 __version__ = "0.1.0"
 
@@ -73,6 +74,7 @@ __all__ = [
     "Matches",
     "MissingExtraError",
     "MultiCrop",
+    "MultiView",
     "NearestMatcher",
     "ProjectionHead",
     "ShapeError",
@@ -83,8 +85,10 @@ __all__ = [
     "TokenGrid",
     "Tokens",
     "ViewOutput",
+    "assert_tracks",
     "cell_diagonals",
     "compose",
+    "footprint_areas",
     "from_box",
     "from_matrix",
     "invert",
@@ -92,20 +96,26 @@ __all__ = [
     "match_views",
     "measure_token_grid",
     "nearest_matches",
+    "overlap_area",
     "similarity_matches",
     "source_valid",
     "to_source",
     "token_centers",
+    "token_footprints",
     "track",
+    "upgrade",
 ]
 
 # Names that need an extra: imported when first asked for, so that the core needs torch, einops and
 # numpy alone.
 _LAZY = {
     "MultiCrop": "local_distill.transforms",
+    "MultiView": "local_distill.transforms",
     "TimmBackbone": "local_distill.backbones",
+    "assert_tracks": "local_distill.transforms",
     "measure_token_grid": "local_distill.backbones",
     "track": "local_distill.transforms",
+    "upgrade": "local_distill.transforms",
 }
 
 __getattr__ = lazy_names(__name__, _LAZY)

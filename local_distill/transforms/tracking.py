@@ -266,7 +266,8 @@ def _refusal(transform: Any) -> str:
     if module.startswith("torchvision.transforms.") and ".v2." not in f"{module}.":
         return (
             f"cannot track {name}: it is a torchvision v1 transform, which sees the image alone; "
-            f"use torchvision.transforms.v2.{name}"
+            f"use torchvision.transforms.v2.{name}, or hand the whole v1 pipeline to "
+            "local_distill.upgrade(pipeline), which keeps its pixels"
         )
     vouch = _VOUCH.format(name=name)
     base = next((base for base in kind.__mro__[1:] if class_entry(base) is not None), None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from local_distill.errors import require_extra
+from local_distill.errors import ShapeError, require_extra
 from local_distill.structures import CropGeometry, TokenGrid
 from local_distill.viz._drawing import (
     add_dots,
@@ -119,7 +119,13 @@ def draw_views(
 
 
 def draw_tokens(
-    ax: Axes, view: Any, grid: TokenGrid, *, color: Any = "white", sample: int = 0
+    ax: Axes,
+    view: Any,
+    grid: TokenGrid,
+    *,
+    color: Any = "white",
+    token_colors: Sequence[Any] | None = None,
+    sample: int = 0,
 ) -> None:
     """Draw a view with its tokens: the borders of their cells, and a dot at each centre.
 
@@ -131,7 +137,12 @@ def draw_tokens(
         view: (3, h, w) uint8, or float in [0, 1], or a PIL image.
         grid: the view's tokens.
         color: matplotlib colour of borders, dots and frame.
+        token_colors: one matplotlib colour a token to fill its cell with, or None for no filling.
         sample: which image of batched input to show.
+
+    Raises:
+        ShapeError: a shape does not fit, or colours of another number.
+        DataError: pixel values outside [0, 1].
 
     Example:
         >>> import torch
@@ -147,6 +158,8 @@ def draw_tokens(
     x = grid.offset[0] + grid.stride[0] * (np.arange(grid.cols + 1) - 0.5)
     y = grid.offset[1] + grid.stride[1] * (np.arange(grid.rows + 1) - 0.5)
     borders = [[(at, y[0]), (at, y[-1])] for at in x] + [[(x[0], at), (x[-1], at)] for at in y]
+    if token_colors is not None:
+        _fill_cells(ax, grid, token_colors)
     # a thin line over a wider dark one is seen on any texture
     thin = min(1.0, 8 / max(grid.rows, grid.cols, 1))
     for shade, linewidth in (("black", 1.2 * thin), (color, 0.6 * thin)):
@@ -155,6 +168,18 @@ def draw_tokens(
     add_dots(ax, centers, 0.2 * min(grid.stride), facecolors=[color], edgecolors="none")
     for spine in ax.spines.values():
         spine.set(visible=True, edgecolor=color, linewidth=2.5)
+
+
+def _fill_cells(ax: Axes, grid: TokenGrid, colors: Sequence[Any]) -> None:
+    if len(colors) != grid.num_tokens:
+        raise ShapeError(f"`token_colors` has {len(colors)} entries for {grid.num_tokens} tokens")
+    collections = require_extra("matplotlib.collections", "train")
+    half = np.array(grid.stride) / 2
+    corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * half
+    cells = token_points(grid)[:, None] + corners
+    shades = require_extra("matplotlib.colors", "train").to_rgba_array(colors)
+    shades[:, 3] *= 0.6  # the view stays visible, and a transparent colour transparent
+    ax.add_collection(collections.PolyCollection(cells, facecolors=shades), autolim=False)
 
 
 def _free_place(corners: np.ndarray, taken: Sequence[np.ndarray], distance: float) -> np.ndarray:

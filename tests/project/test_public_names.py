@@ -25,6 +25,7 @@ PUBLIC_NAMES = [
     "Matches",
     "MissingExtraError",
     "MultiCrop",
+    "MultiView",
     "NearestMatcher",
     "ProjectionHead",
     "ShapeError",
@@ -35,8 +36,10 @@ PUBLIC_NAMES = [
     "TokenGrid",
     "Tokens",
     "ViewOutput",
+    "assert_tracks",
     "cell_diagonals",
     "compose",
+    "footprint_areas",
     "from_box",
     "from_matrix",
     "invert",
@@ -44,11 +47,14 @@ PUBLIC_NAMES = [
     "match_views",
     "measure_token_grid",
     "nearest_matches",
+    "overlap_area",
     "similarity_matches",
     "source_valid",
     "to_source",
     "token_centers",
+    "token_footprints",
     "track",
+    "upgrade",
 ]
 
 # An example would say nothing: exceptions, protocols, and tuples that other examples show.

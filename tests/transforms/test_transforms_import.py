@@ -10,8 +10,16 @@ def test_names():
     assert sorted(local_distill.transforms.__all__) == [
         "GeometryTensor",
         "MultiCrop",
+        "MultiView",
         "Tracked",
+        "TrackingError",
+        "TrackingReport",
+        "Upgraded",
+        "UpgradedViews",
+        "ViewRecipe",
+        "assert_tracks",
         "track",
+        "upgrade",
     ]
     for name in local_distill.transforms.__all__:
         assert getattr(local_distill.transforms, name).__doc__
