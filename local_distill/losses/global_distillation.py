@@ -18,7 +18,7 @@ from local_distill._check import (
 from local_distill.errors import ShapeError
 from local_distill.losses._pairs import Pair, Processes, paired_cross_entropy
 from local_distill.matching.match_views import cross_view_pairs
-from local_distill.structures import Matches, Targets
+from local_distill.structures import Matches, Targets, TeacherTargets
 
 __all__ = ["GlobalDistillationLoss"]
 
@@ -111,7 +111,7 @@ class GlobalDistillationLoss(nn.Module):
         whole = Matches.identity(student_logits[0].new_ones(axes["b"], 1, dtype=torch.bool))
         loss = paired_cross_entropy(
             [logits[:, None] for logits in student_logits],
-            {q: t._replace(logits=t.logits[:, None]) for q, t in enumerate(targets)},
+            {q: TeacherTargets(t.logits[:, None], t.offset, t.temp) for q, t in enumerate(targets)},
             dict.fromkeys(wanted, whole),
             student_temp=self.student_temp,
             normalize="all",

@@ -153,7 +153,11 @@ def _resized_crop(
     interpolation: Any = InterpolationMode.BILINEAR,
     **_: Any,
 ) -> _Geometry:
-    return _resize(_crop(geometry, top, left, height, width), size, interpolation)
+    if not isinstance(size, Sequence) or len(size) != 2 or min(size) < 1:
+        return _resize(_crop(geometry, top, left, height, width), size, interpolation)
+    check_interpolation("resized_crop", interpolation)
+    step = (width / size[1], 0, left, 0, height / size[0], top, 0, 0, 1)
+    return append_step(geometry, step, size)  # at once, as this is every recipe's first transform
 
 
 def _affine(

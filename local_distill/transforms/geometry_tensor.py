@@ -5,6 +5,7 @@ What each transform does to it stands in `geometry_kernels`.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -78,11 +79,9 @@ class GeometryTensor(tv_tensors.TVTensor):  # type: ignore[misc]
         matrix, view, source = numbers
         if matrix[6] * view[1] + matrix[7] * view[0] + 2 * matrix[8] < 0:
             matrix = [-value for value in matrix]
-        return CropGeometry(
-            torch.tensor(matrix, dtype=dtype).view(3, 3),
-            torch.tensor(view, dtype=torch.int32),
-            torch.tensor(source, dtype=torch.int32),
-        )
+        sizes = torch.frombuffer(array("i", (*view, *source)), dtype=torch.int32)
+        whole = torch.frombuffer(array("d", matrix), dtype=torch.float64).view(3, 3)
+        return CropGeometry(whole.to(dtype), sizes[:2], sizes[2:])
 
     def as_subclass(self, cls: type[Tensor]) -> Tensor:
         """Stay a GeometryTensor when v2's ``ToPureTensor`` strips the sample's tensors.
@@ -172,8 +171,9 @@ def _wrap(
 ) -> _Geometry:
     if min(view) < 1:
         raise _no_pixels(view)
-    values = torch.tensor([*matrix, *view, *source], dtype=torch.float64)
-    return values.as_subclass(cls)
+    # A typed array, which a tensor takes over as it is: a list it would read number by number.
+    numbers = array("d", (*matrix, *view, *source))
+    return torch.frombuffer(numbers, dtype=torch.float64).as_subclass(cls)
 
 
 def _no_pixels(view: Sequence[int]) -> GeometryError:
@@ -184,11 +184,14 @@ def _no_pixels(view: Sequence[int]) -> GeometryError:
 
 def _unwrap(geometry: Tensor) -> tuple[list[float], list[int], list[int]] | None:
     """Matrix, view and source size of one geometry as plain numbers; None for a batch."""
-    if geometry.shape != (_LENGTH,) or geometry.dtype != torch.float64:
-        _plain(geometry)  # refuses all but a batch
-        return None
-    values = geometry.tolist()
-    return values[:9], [int(side) for side in values[9:11]], [int(side) for side in values[11:]]
+    # Reading a shape, a dtype and a list through the subclass's dispatch would be the dearest part
+    # of a step.
+    with torch._C.DisableTorchFunctionSubclass():
+        if geometry.shape == (_LENGTH,) and geometry.dtype == torch.float64:
+            values: list[float] = geometry.tolist()
+            return values[:9], [int(s) for s in values[9:11]], [int(s) for s in values[11:]]
+    _plain(geometry)  # refuses all but a batch
+    return None
 
 
 def _plain(geometry: Tensor) -> Tensor:
