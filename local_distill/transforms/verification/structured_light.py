@@ -62,6 +62,9 @@ _CLEAR = 1.4
 _BLUR_REACH = 2.0  # standard deviations
 _DROWNED = 0.1  # the short wave beside the long one: below, rounding and reflections outdo it
 _COHERENT = 0.2  # of a period: further out, a pixel shows another place
+# Of the long period: where pixels seem to agree only because a displacement is about a number of
+# whole or half periods, the two periods contradict each other by more. Right recipes make it 0.02 at most, harsh ones 0.04.
+_CONTRADICTION = 0.08
 _TURNED = 0.75  # of the pixels: where so many fit with the short wave turned over, it is turned
 _SAMPLES = 64  # along each side of the view
 
@@ -212,7 +215,8 @@ def apply_affine(coefficients: Tensor, points: Tensor) -> Tensor:
 def wrapped(signals: Signals, positions: Tensor) -> Tensor:
     """How far each pixel lies from ``positions`` (h, w, 2), up to whole periods: (2, 2, h, w) px.
 
-    A tone curve that falls turns all four signals by half a turn, which no displacement does.
+    A tone curve that falls turns all four signals by half a turn, which is undone here. So does a
+    displacement by about half of both periods along both axes, but then the two disagree.
     """
     periods = torch.tensor(signals.periods, dtype=torch.float64)[:, None, None]
     expected = positions.movedim(-1, 0)[:, None] / periods  # (axis, period, h, w) in turns
@@ -281,6 +285,8 @@ def measure(signals: Signals, geometry: CropGeometry) -> Measurement:
     inside, count, agreeing = int(within.sum()), int(judged.sum()), int(agree.sum())
     if _short_wave_is_turned(signals, positions, judged, agreeing):
         count = 0
+    elif agreeing and _offset_of_periods(distances, agree) > _CONTRADICTION * signals.periods[1]:
+        agreeing = 0
     nan = math.nan
     if agreeing < 8 or count == 0:
         return Measurement(inside, count, agreeing / max(count, 1), nan, nan, nan, scale)
@@ -288,16 +294,25 @@ def measure(signals: Signals, geometry: CropGeometry) -> Measurement:
     fit = affine_fit(signals.points[agree], both[agree])
     error = apply_affine(fit, signals.points[within]).norm(dim=-1)
     contradiction = (distances[:, 0] - distances[:, 1]).norm(dim=0)[agree]
-    scattered = both[agree].norm(dim=-1).median() - contradiction.median()
+    scattered = float(both[agree].norm(dim=-1).median() - contradiction.median())
     return Measurement(
         inside,
         count,
         agreeing / count,
         float(error.median()),
         float(error.max()),
-        float(scattered),
+        scattered,
         scale,
     )
+
+
+def _offset_of_periods(distances: Tensor, chosen: Tensor) -> float:
+    """By how much the two periods disagree all over the view, source px.
+
+    Single pixels may disagree by more: a tone curve that folds the waves over bends both unevenly.
+    """
+    apart = (distances[:, 0] - distances[:, 1])[:, chosen]
+    return float(apart.median(-1).values.norm())
 
 
 def _short_wave_is_turned(

@@ -117,7 +117,10 @@ def test_a_sequence_agrees_with_its_pixels(steps, shape, seed, nested, ramps, ag
     nested_steps = K.ImageSequential(*steps[:1]) if nested else K.PadTo((30, 31))
     colour = K.Normalize(torch.zeros(3), torch.ones(3))
     augmentation = K.AugmentationSequential(colour, *steps[1:], nested_steps)
-    check(augmentation, shape, seed, ramps, agreement, margin=12)
+    # A perspective leaves the ramp bent, and each resampling after it cuts its corners a little.
+    bent = any(isinstance(step, K.RandomPerspective) for step in steps)
+    tolerance = 0.02 if bent else EXACT
+    check(augmentation, shape, seed, ramps, agreement, margin=12, tolerance=tolerance)
 
 
 @given(seed=seeds, count=st.sampled_from([1, 2, (1, 3), True]))
