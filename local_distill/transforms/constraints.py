@@ -13,7 +13,7 @@ from local_distill._check import check_at_least, check_fraction
 from local_distill.errors import ConfigError
 from local_distill.transforms.crop_boxes import CropBox
 
-__all__ = ["BoxConstraints", "DrawnBoxes", "constrain_boxes", "overlap_area"]
+__all__ = ["BoxConstraints", "DrawnBoxes", "constrain_boxes", "shared_pixels"]
 
 _STEPS = 16  # on each leg of a repair's way
 
@@ -95,7 +95,7 @@ class _Demand(NamedTuple):
         return min(own, other.height * other.width) if self.of_smaller else own
 
     def shares(self, box: CropBox) -> list[float]:
-        return [overlap_area(box, other) / self.base(box, other) for other in self.others]
+        return [shared_pixels(box, other) / self.base(box, other) for other in self.others]
 
     def score(self, box: CropBox) -> float:
         return min(self.shares(box)) if self.every else max(self.shares(box))
@@ -163,11 +163,11 @@ def constrain_boxes(
     return DrawnBoxes(settled, attempts, repaired)
 
 
-def overlap_area(a: CropBox, b: CropBox) -> int:
+def shared_pixels(a: CropBox, b: CropBox) -> int:
     """The number of pixels that lie in both boxes.
 
     Example:
-        >>> overlap_area(CropBox(0, 0, 4, 6), CropBox(3, 4, 9, 9))
+        >>> shared_pixels(CropBox(0, 0, 4, 6), CropBox(3, 4, 9, 9))
         2
     """
     height = min(a.top + a.height, b.top + b.height) - max(a.top, b.top)

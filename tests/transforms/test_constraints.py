@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from local_distill import ConfigError, MultiCrop
 from local_distill.training.loading import view_loader
 from local_distill.transforms import multi_crop
-from local_distill.transforms.constraints import BoxConstraints, constrain_boxes, overlap_area
+from local_distill.transforms.constraints import BoxConstraints, constrain_boxes, shared_pixels
 from local_distill.transforms.crop_boxes import CropBox
 
 PLAIN = {
@@ -237,7 +237,7 @@ def test_the_attempts_are_bounded_exactly(max_retries):
     assert drawn.attempts == [1, 1, 1 + max_retries]
     assert draws.taken == 2 * max_retries
     assert drawn.repaired == [False, False, True]
-    assert max(overlap_area(drawn.boxes[2], other) for other in others) == 9
+    assert max(shared_pixels(drawn.boxes[2], other) for other in others) == 9
     assert constraints.extra_draws(2, 1) == 2 * max_retries
 
 
@@ -261,7 +261,7 @@ def test_no_retries_where_no_place_is_good():
     assert drawn.repaired == [False, True]
     box = drawn.boxes[1]
     assert box.hflip
-    assert overlap_area(*drawn.boxes) >= 0.9 * box.height * box.width
+    assert shared_pixels(*drawn.boxes) >= 0.9 * box.height * box.width
     assert abs(box.height / box.width - 18 / 12) < 0.25
     assert box.height * box.width > 20  # no smaller than needed: 24 lie wholly inside
 
@@ -417,7 +417,7 @@ def test_a_repair_shrinks_only_where_sliding_is_not_enough():
         drawn = constrain_boxes(boxes, 1, (40, 40), BoxConstraints(share, max_retries=0), iter([]))
         box = drawn.boxes[1]
         assert ((box.height, box.width) == (10, 24)) == kept
-        assert overlap_area(*drawn.boxes) >= share * box.height * box.width
+        assert shared_pixels(*drawn.boxes) >= share * box.height * box.width
     draws = Counted(0.5)  # 0.9 of it would be 21.6 columns of 20: nowhere to look for
     boxes[0] = CropBox(5, 10, 20, 20)
     constraints = BoxConstraints(0.9, max_retries=3)

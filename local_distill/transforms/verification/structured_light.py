@@ -63,8 +63,9 @@ _BLUR_REACH = 2.0  # standard deviations
 _DROWNED = 0.1  # the short wave beside the long one: below, rounding and reflections outdo it
 _COHERENT = 0.2  # of a period: further out, a pixel shows another place
 # Of the long period: where pixels seem to agree only because a displacement is about a number of
-# whole or half periods, the two periods contradict each other by more, 0.17 in the nearest such
-# place within the view. Right recipes make it 0.02 at most, harsh ones 0.09 (400 seeds).
+# whole or half periods, the two periods contradict each other by more. Right recipes make it 0.02
+# at most, harsh ones 0.09 (400 seeds). What suits both periods even so, as 105 px do at 224 × 301,
+# does not at the other size that `assert_tracks` sends.
 _CONTRADICTION = 0.12
 _TURNED = 0.75  # of the pixels: where so many fit with the short wave turned over, it is turned
 _SAMPLES = 64  # along each side of the view
