@@ -62,7 +62,7 @@ def outline(shape: str, u: Array, v: Array) -> Array:
     elif shape == "star":
         u, v = np.abs(u), -v
         for x, y in _STAR_AXES:
-            beyond = 2 * np.maximum(u * x + v * y, np.float32(0))
+            beyond = np.float32(2) * np.maximum(u * x + v * y, np.float32(0))
             u, v = u - beyond * x, v - beyond * y
         x, y = _STAR_EDGE
         distance = np.abs(u) * x + v * y - y * np.float32(_STAR_TIP)
