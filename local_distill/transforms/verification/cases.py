@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -68,12 +67,21 @@ def with_geometry(
         return track(pipeline, trust=trusted)
     except ConfigError:
         # a container of v2 may end in a transform of the user's that returns the geometry
-        calls = RepeatedCalls(pipeline)
-        for kind in KINDS:
-            with contextlib.suppress(Exception):
-                calls(Case(0, size, kind).pattern_images()[:1], 0)
-                return pipeline
+        if _returns_geometry(pipeline, size):
+            return pipeline
         raise
+
+
+def _returns_geometry(pipeline: Callable[..., Any], size: tuple[int, int]) -> bool:
+    """Whether the pipeline gives views with geometry for any kind of image."""
+    calls = RepeatedCalls(pipeline)
+    for kind in KINDS:
+        try:
+            calls(Case(0, size, kind).pattern_images()[:1], 0)
+        except Exception:  # any exception may be how a pipeline refuses a kind: try the next
+            continue
+        return True
+    return False
 
 
 def check_seeds(seeds: int | Iterable[int]) -> list[int]:
