@@ -87,6 +87,7 @@ def failure(pipeline, tmp_path, **settings):
     [
         ("DINO", RECIPES.dino(64, 48, 1)),
         ("DINOv2", RECIPES.dinov2(98, 56, 1)),
+        ("DINOv2, much blurred", RECIPES.dinov2(70, 40, 1, most=5.0)),
         ("SimCLR", RECIPES.simclr(80)),
         ("lightly DINO", RECIPES.lightly_dino(64, 48, 1)),
         ("lightly SimCLR", RECIPES.lightly_simclr(64)),
@@ -99,7 +100,7 @@ def test_right_recipes_pass(name, pipeline):
     report = assert_tracks(pipeline, seeds=10)
     assert report.kinds == ("pil", "tensor")
     assert report.views >= 8
-    assert report.judged > (0.5 if name == "harsh" else 0.9)
+    assert report.judged > {"harsh": 0.5, "DINOv2, much blurred": 0.7}.get(name, 0.9)
     assert report.largest_median <= report.largest < 0.9
 
 
