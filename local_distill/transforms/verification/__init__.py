@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from local_distill.transforms.verification.assertion import (
-    TrackingError,
-    TrackingReport,
-    assert_tracks,
-)
+from local_distill.transforms.verification.assertion import assert_tracks
+from local_distill.transforms.verification.judgement import TrackingError, TrackingReport
 
 __all__ = ["TrackingError", "TrackingReport", "assert_tracks"]
