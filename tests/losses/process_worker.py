@@ -17,7 +17,7 @@ def main() -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         "gloo",
-        init_method=f"tcp://127.0.0.1:{settings['port']}",
+        init_method=settings["meeting"],
         rank=rank,
         world_size=len(sizes),
     )

@@ -1,9 +1,9 @@
 """Several processes are one: loss, gradient and centers as of the whole batch."""
 
 import json
-import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -33,24 +33,30 @@ def whole_batch(total, normalize, c=5):
 
 
 def run_processes(sizes, normalize, poison=-1):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = {"sizes": sizes, "normalize": normalize, "port": port, "poison": poison}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), json.dumps(settings | {"rank": rank})],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(len(sizes))
-    ]
-    results = []
-    for worker in workers:
-        out, err = worker.communicate(timeout=120)
-        assert worker.returncode == 0, err
-        results.append(json.loads(out.splitlines()[-1]))
+    with tempfile.TemporaryDirectory() as folder:
+        # A file to meet at: a free port may be taken before it is used, and its server goes with
+        # the first process that ends.
+        settings = {"sizes": sizes, "normalize": normalize, "poison": poison}
+        settings["meeting"] = (Path(folder) / "store").as_uri()
+        workers = [
+            subprocess.Popen(
+                [sys.executable, str(SCRIPT), json.dumps(settings | {"rank": rank})],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(len(sizes))
+        ]
+        results = []
+        try:
+            for worker in workers:
+                out, err = worker.communicate(timeout=120)
+                assert worker.returncode == 0, err
+                results.append(json.loads(out.splitlines()[-1]))
+        finally:  # nobody is left waiting for one that failed
+            for worker in workers:
+                worker.kill()
+                worker.communicate()
     return results
 
 
