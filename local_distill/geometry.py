@@ -70,10 +70,7 @@ def from_matrix(matrix: Tensor, view_size: Size, source_size: Size) -> CropGeome
         _size_tensor("source_size", source_size, batch, matrix.device),
     )
     check_geometry("matrix", geometry)
-    height, width = geometry.view_size.to(matrix.dtype).unbind(-1)
-    third = (matrix[..., 2, 0] * width + matrix[..., 2, 1] * height) / 2 + matrix[..., 2, 2]
-    sign = torch.where(third < 0, -1.0, 1.0).to(matrix.dtype)
-    return geometry._replace(matrix=matrix * sign[..., None, None])
+    return geometry._replace(matrix=with_middle_in_front(matrix, geometry.view_size))
 
 
 def from_box(
@@ -387,6 +384,14 @@ def project(matrix: Tensor, points: Tensor) -> Tensor:
     first = (m[..., 0, 0, :] * x + m[..., 0, 1, :] * y + m[..., 0, 2, :]) / third
     second = (m[..., 1, 0, :] * x + m[..., 1, 1, :] * y + m[..., 1, 2, :]) / third
     return torch.stack((first, second), -1)
+
+
+def with_middle_in_front(matrix: Tensor, view_size: Tensor) -> Tensor:
+    """(…, 3, 3), each of the sign that gives its view's middle a positive third coordinate."""
+    height, width = view_size.to(matrix.dtype).unbind(-1)
+    third = (matrix[..., 2, 0] * width + matrix[..., 2, 1] * height) / 2 + matrix[..., 2, 2]
+    sign = torch.where(third < 0, -1.0, 1.0).to(matrix.dtype)
+    return matrix * sign[..., None, None]
 
 
 def inverse_matrix(matrix: Tensor) -> Tensor:

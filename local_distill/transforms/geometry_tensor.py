@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from local_distill.errors import GeometryError
-from local_distill.geometry import check_geometry
+from local_distill.geometry import check_geometry, with_middle_in_front
 from local_distill.structures import CropGeometry
 
 __all__ = ["GeometryTensor", "PilGeometryTensor", "append_step", "view_size"]
@@ -158,11 +158,8 @@ def _append_to_batch(geometry: _Geometry, step: Sequence[float], view: Sequence[
 
 
 def _batched_crop_geometry(plain: Tensor, dtype: torch.dtype) -> CropGeometry:
-    matrix, sizes = plain[..., :9], plain[..., 9:]
-    middle = matrix[..., 6] * sizes[..., 1] + matrix[..., 7] * sizes[..., 0] + 2 * matrix[..., 8]
-    matrix = torch.where(middle[..., None] < 0, -matrix, matrix)
-    matrix = matrix.reshape(*plain.shape[:-1], 3, 3)
-    whole = sizes.to(torch.int32)
+    whole = plain[..., 9:].to(torch.int32)
+    matrix = with_middle_in_front(plain[..., :9].reshape(*plain.shape[:-1], 3, 3), whole[..., :2])
     return CropGeometry(matrix.to(dtype), whole[..., :2].contiguous(), whole[..., 2:].contiguous())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -166,15 +167,16 @@ class MultiCrop(nn.Module):
                 *[ViewRecipe(self.local_size, self.local_scale)] * local_count,
             ]
         else:
-            check_recipes(
-                recipes,
-                global_size=global_size,
-                local_size=local_size,
-                global_count=global_count,
-                local_count=local_count,
-                global_scale=global_scale,
-                local_scale=local_scale,
-            )
+            simple = {
+                "global_size": global_size,
+                "local_size": local_size,
+                "global_count": global_count,
+                "local_count": local_count,
+                "global_scale": global_scale,
+                "local_scale": local_scale,
+            }
+            declared = inspect.signature(MultiCrop).parameters
+            check_recipes(recipes, simple, {name: declared[name].default for name in simple})
         kinds = [recipe for recipe in recipes for _ in range(recipe.count)]
         self.num_global = sum(recipe.is_global for recipe in kinds)
         self.num_views = len(kinds)

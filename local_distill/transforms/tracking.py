@@ -166,11 +166,28 @@ def _check_start(geometry: CropGeometry, batch: tuple[int, ...], size: tuple[int
 def _finish(
     step: Any, view: Any, batch: tuple[int, ...], geometry: CropGeometry | None
 ) -> CropGeometry | tuple[Any, ...]:
-    """The tracked numbers as `CropGeometry`, for one view or for a tuple of them."""
+    """`finish_view` of one view or of a tuple of them."""
     if isinstance(view, (tuple, list)) and isinstance(step, tuple):
         return tuple(
             _finish(part, shown, batch, geometry) for part, shown in zip(step, view, strict=True)
         )
+    return finish_view(step, view, batch, geometry)
+
+
+def finish_view(
+    step: Any, view: Any, batch: tuple[int, ...] = (), geometry: CropGeometry | None = None
+) -> CropGeometry:
+    """The tracked numbers as `CropGeometry`, on the view's device.
+
+    Args:
+        step: the `GeometryTensor` at the end of the pipeline.
+        view: what the pipeline made.
+        batch: leading axes of the image that went in.
+        geometry: where that image lies in its source, if it is a view itself.
+
+    Raises:
+        GeometryError: the view has another size, or other leading axes.
+    """
     leading, seen = _image_shape(view)
     expected = view_size(step)
     if list(seen) != expected or leading != batch:

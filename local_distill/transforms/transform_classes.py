@@ -12,6 +12,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 __all__ = [
+    "COLOUR",
     "TRANSFORM_CLASSES",
     "ClassEntry",
     "TransformKind",
@@ -53,15 +54,15 @@ _CONTAINER, _REFUSED = TransformKind.CONTAINER, TransformKind.REFUSED
 
 _RESIZE = "any size and filter but NEAREST, which shifts tensor images"
 _TURN = "nearest too: half a pixel off at most"
-_COLOUR = "use ColorJitter, RandomSolarize, RandomPosterize and the like, which only change colours"
-_MAGIC = f"it shears and rotates the image behind the geometry's back; {_COLOUR}"
+COLOUR = "use ColorJitter, RandomSolarize, RandomPosterize and the like, which only change colours"
+_MAGIC = f"it shears and rotates the image behind the geometry's back; {COLOUR}"
 _AFTER = "apply it to the batch, after the views are made"
 _VOUCH = "if yours moves no pixels, vouch for it with `trust=[it]`"
 _BOXES = "changes bounding boxes or key points alone; an image passes by"
 
 # By name: some exist only in newer torchvision, some may go one day.
 TRANSFORM_CLASSES: dict[str, ClassEntry] = {
-    "AugMix": ClassEntry(_REFUSED, f"it shears, rotates and mixes copies of the image; {_COLOUR}"),
+    "AugMix": ClassEntry(_REFUSED, f"it shears, rotates and mixes copies of the image; {COLOUR}"),
     "AutoAugment": ClassEntry(_REFUSED, _MAGIC),
     "CenterCrop": ClassEntry(_TRACKED, "whole pixels, also where it pads"),
     "ClampBoundingBoxes": ClassEntry(_PHOTOMETRIC, _BOXES),

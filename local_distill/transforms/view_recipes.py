@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,17 +12,6 @@ from local_distill.transforms.setting_checks import check_range, check_size
 from local_distill.transforms.tracking import Tracked, track
 
 __all__ = ["ViewRecipe", "ViewSettings", "check_recipes"]
-
-
-# What the recipes say in another way, and its defaults in MultiCrop.
-_SIMPLE: dict[str, Any] = {
-    "global_size": 224,
-    "local_size": 96,
-    "global_count": 2,
-    "local_count": 8,
-    "global_scale": (0.4, 1.0),
-    "local_scale": (0.05, 0.4),
-}
 
 
 @dataclass(frozen=True)
@@ -125,11 +114,19 @@ class ViewSettings(NamedTuple):
         )
 
 
-def check_recipes(recipes: Sequence[ViewRecipe], **simple: Any) -> None:
-    """Refuse recipes out of order, and settings beside them that say the same in another way."""
+def check_recipes(
+    recipes: Sequence[ViewRecipe], simple: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+    """Refuse recipes out of order, and settings beside them that say the same in another way.
+
+    Args:
+        recipes: in the order of the views.
+        simple: the settings that would say sizes, counts and scales without recipes.
+        defaults: what these are where nobody set them.
+    """
     for name, value in simple.items():
         plain = tuple(value) if isinstance(value, Sequence) else value
-        if plain != _SIMPLE[name]:
+        if plain != defaults[name]:
             raise ConfigError(
                 f"`{name}` is {value!r} beside `recipes`, which say the sizes, counts and scales "
                 f"of all views: leave out `{name}`, or `recipes`"

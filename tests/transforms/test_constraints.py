@@ -6,29 +6,21 @@ from collections import Counter
 
 import pytest
 import torch
+from helpers.views import (
+    PLAIN,
+    assert_a_seeded_loader_repeats,
+    assert_views_do_not_depend_on_the_workers,
+    photograph,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset
 
 from local_distill import ConfigError, MultiCrop
-from local_distill.training.loading import view_loader
 from local_distill.transforms import multi_crop
 from local_distill.transforms.constraints import BoxConstraints, constrain_boxes, shared_pixels
 from local_distill.transforms.crop_boxes import CropBox
 
-PLAIN = {
-    "color_jitter": None,
-    "grayscale_p": 0.0,
-    "blur_p": (0.0, 0.0, 0.0),
-    "solarize_p": 0.0,
-    "normalize": None,
-}
 SMALL = {"global_size": 16, "local_size": 8}
-
-
-def photograph(height=40, width=50, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
 
 
 def shown_box(geometry):
@@ -339,23 +331,6 @@ def test_boxes_need_a_size(size):
         MultiCrop().draw_boxes(size)
 
 
-class Photographs(Dataset):
-    def __init__(self, transform=None):
-        self.transform = transform
-
-    def __len__(self):
-        return 6
-
-    def __getitem__(self, index):
-        image = photograph(30 + index, 41)
-        return (image, index) if self.transform is None else self.transform(image)
-
-
-def same(a, b):
-    a, b = (torch.utils._pytree.tree_leaves(x) for x in (a, b))
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
 CONSTRAINED = {
     **SMALL,
     "local_count": 3,
@@ -367,38 +342,11 @@ CONSTRAINED = {
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_seeded_loader_makes_the_same_views_again(workers):
-    def batches(seed):
-        torch.manual_seed(seed)  # without workers the views draw from here
-        loader = DataLoader(
-            Photographs(MultiCrop(**CONSTRAINED)),
-            batch_size=1,
-            num_workers=workers,
-            generator=torch.Generator().manual_seed(seed),  # and workers are seeded from this
-        )
-        return list(loader)
-
-    first = batches(0)
-    assert same(first, batches(0))
-    assert not same(first, batches(1))
-    # the odd batches come from another worker
-    matrices = [geometries[0].matrix for _, geometries in first]
-    assert all(not torch.equal(a, b) for a, b in itertools.combinations(matrices, 2))
+    assert_a_seeded_loader_repeats(MultiCrop(**CONSTRAINED), workers)
 
 
 def test_seeded_by_index_the_views_do_not_depend_on_the_workers():
-    found = [
-        list(
-            itertools.islice(
-                view_loader(
-                    Photographs(), MultiCrop(**CONSTRAINED), batch_size=2, seed=3, workers=workers
-                ),
-                4,
-            )
-        )
-        for workers in (0, 2)
-    ]
-    assert same(*found)
-    assert not same(found[0][0], found[0][1])
+    assert_views_do_not_depend_on_the_workers(MultiCrop(**CONSTRAINED))
 
 
 def test_global_views_share_a_part_of_the_smaller_one():

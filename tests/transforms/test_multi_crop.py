@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from helpers.views import PLAIN, photograph
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -20,19 +21,6 @@ from local_distill.transforms import GeometryTensor, MultiCrop
 from local_distill.transforms.crop_boxes import CropBox, box_geometries, sample_box
 from local_distill.transforms.multi_crop import IMAGENET_MEAN, IMAGENET_STD
 from local_distill.transforms.view_pixels import shift_hue
-
-PLAIN = {
-    "color_jitter": None,
-    "grayscale_p": 0.0,
-    "blur_p": (0.0, 0.0, 0.0),
-    "solarize_p": 0.0,
-    "normalize": None,
-}
-
-
-def photograph(height=40, width=50, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
 
 
 def centers(height, width):

@@ -6,31 +6,25 @@ import pickle
 import pytest
 import torch
 import torchvision.transforms as v1
+from helpers.views import (
+    assert_a_seeded_loader_repeats,
+    assert_views_do_not_depend_on_the_workers,
+    photograph,
+    same,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from local_distill import ConfigError, CropGeometry, GeometryError, ShapeError, from_box, track
-from local_distill.training.loading import view_loader
 from local_distill.transforms.multi_view import MultiView
 
 LARGE = v2.Compose(
     [v2.ToImage(), v2.RandomResizedCrop((16, 20), scale=(0.4, 1.0)), v2.RandomHorizontalFlip()]
 )
 SMALL = v2.Compose([v2.ToImage(), v2.RandomCrop(8), v2.RandomVerticalFlip(), v2.RandomInvert()])
-
-
-def photograph(height=40, width=50, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
-
-
-def same(a, b):
-    a, b = (torch.utils._pytree.tree_leaves(x) for x in (a, b))
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 class LeftHalf:
@@ -139,52 +133,10 @@ def test_seeds_and_pickle():
     assert not same(found[0], found[2])
 
 
-class Photographs(Dataset):
-    def __init__(self, transform=None):
-        self.transform = transform
-
-    def __len__(self):
-        return 6
-
-    def __getitem__(self, index):
-        image = F.to_pil_image(photograph(30 + index, 41))
-        return (image, index) if self.transform is None else self.transform(image)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_seeded_loader_makes_the_same_views_again(workers):
-    def batches(seed):
-        torch.manual_seed(seed)
-        loader = DataLoader(
-            Photographs(MultiView([(LARGE, 2), (SMALL, 2)])),
-            batch_size=1,
-            num_workers=workers,
-            generator=torch.Generator().manual_seed(seed),
-        )
-        return list(loader)
-
-    first = batches(0)
-    assert same(first, batches(0))
-    assert not same(first, batches(1))
-    matrices = [geometries[0].matrix for _, geometries in first]
-    assert all(not torch.equal(a, b) for a, b in itertools.combinations(matrices, 2))
+    assert_a_seeded_loader_repeats(MultiView([(LARGE, 2), (SMALL, 2)]), workers)
 
 
 def test_seeded_by_index_the_views_do_not_depend_on_the_workers():
-    found = [
-        list(
-            itertools.islice(
-                view_loader(
-                    Photographs(),
-                    MultiView([(LARGE, 2), (SMALL, 2)]),
-                    batch_size=2,
-                    seed=3,
-                    workers=workers,
-                ),
-                4,
-            )
-        )
-        for workers in (0, 2)
-    ]
-    assert same(*found)
-    assert not same(found[0][0], found[0][1])
+    assert_views_do_not_depend_on_the_workers(MultiView([(LARGE, 2), (SMALL, 2)]))

@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from helpers.ramps import SpoilRing, pixels, planes, predicted_centers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ImageFilter, ImageOps
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode, v2
 
-from local_distill import ConfigError, GeometryError, ShapeError, to_source
+from local_distill import ConfigError, GeometryError, ShapeError
 from local_distill.transforms import track
 from local_distill.transforms.upgrading import Upgraded, UpgradedViews, upgrade
 from local_distill.transforms.upgrading.photometric_probe import check_moves_nothing
@@ -233,42 +234,22 @@ def test_every_v1_class_is_tracked_or_refused_by_name():
 # Geometry, proven on pixels.
 
 
-class SpoilRing(nn.Module):
-    """Sets the outermost pixels to NaN, where resampling clamps its filter and bends a ramp."""
-
-    def forward(self, image):
-        if isinstance(image, PIL.Image.Image):
-            array = np.array(image)
-            array[[0, -1]] = np.nan
-            array[:, [0, -1]] = np.nan
-            return PIL.Image.fromarray(array)
-        image = image.clone()
-        image[..., [0, -1], :] = torch.nan
-        image[..., :, [0, -1]] = torch.nan
-        return image
-
-
 def shown_and_predicted(upgraded, height, width, *, pil, seed):
     """Per view pixel: the source position its value shows, and the one that is predicted.
 
     Ramps of x and y go in, and ones: where they come out as something else, there is padding.
     """
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     outputs = []
-    for plane in (x + 0.5, y + 0.5, torch.ones(height, width)):
+    for plane in planes(height, width):
         image = plane.to(torch.float64)[None]
         if pil:
             image = PIL.Image.fromarray(plane.numpy().astype(np.float32))
         seed_all(seed)
         view, geometry = upgraded(image)
-        view = view if isinstance(view, torch.Tensor) else torch.from_numpy(np.array(view))
-        outputs.append(view.double().reshape(view.shape[-2:]))
+        outputs.append(pixels(view))
     assert geometry.source_size.tolist() == [height, width]
-    rows, cols = geometry.view_size.tolist()
-    assert outputs[0].shape == (rows, cols)
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
-    centers = torch.stack((x, y), -1).reshape(-1, 2) + 0.5
-    predicted = to_source(geometry, centers.to(torch.float32)).double()
+    assert list(outputs[0].shape) == geometry.view_size.tolist()
+    predicted = predicted_centers(geometry).double().reshape(-1, 2)
     shown = torch.stack(outputs[:2], -1).reshape(-1, 2)
     clean = ((outputs[2] - 1).abs() < 1e-6).reshape(-1)  # False for NaN
     return shown[clean], predicted[clean]

@@ -6,6 +6,7 @@ import pickle
 import jsonargparse
 import pytest
 import torch
+from helpers.views import PLAIN, photograph, same
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -17,28 +18,11 @@ DINO = [
     ViewRecipe(96, (0.05, 0.4), 8),
 ]
 GLOBAL = ViewRecipe(16, (0.4, 1.0), is_global=True)
-PLAIN = {
-    "color_jitter": None,
-    "grayscale_p": 0.0,
-    "blur_p": (0.0, 0.0, 0.0),
-    "solarize_p": 0.0,
-    "normalize": None,
-}
-
-
-def photograph(height=40, width=50, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
 
 
 def views_of(multi_crop, seed=0, image=None):
     torch.manual_seed(seed)
     return multi_crop(photograph() if image is None else image)
-
-
-def same(a, b):
-    a, b = (torch.utils._pytree.tree_leaves(x) for x in (a, b))
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -104,10 +104,11 @@ def _warped(matrix: Any) -> Tensor:
 
 
 def _affine(settings: Params, params: Params, size: Size) -> Step:
+    warped = _warped(params["matrix"])
+    if torch.equal(warped, torch.eye(3, dtype=torch.float64)):
+        return warped, size
     height, width = (round(float(side)) for side in params["output_shape"][:2])
-    if bool((_warped(params["matrix"]) == torch.eye(3, dtype=torch.float64)).all()):
-        height, width = size
-    return _warped(params["matrix"]), (height, width)
+    return warped, (height, width)
 
 
 def _rotate(settings: Params, params: Params, size: Size) -> Step:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from local_distill.errors import ShapeError
+from local_distill.geometry import from_matrix
+from local_distill.structures import CropGeometry
 
 # Half a pixel: from coordinates that count pixel centres (first centre 0) to continuous ones (0.5).
 _TO_CONTINUOUS = torch.tensor([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]], dtype=torch.float64)
@@ -42,3 +44,8 @@ def scale_and_shift(scale_x: float, scale_y: float, shift_x: float, shift_y: flo
 def resized(source: tuple[int, int], view: tuple[int, int]) -> Tensor:
     """Source → view of a resize that maps the image's edges onto the view's."""
     return scale_and_shift(view[1] / source[1], view[0] / source[0], 0, 0)
+
+
+def view_geometry(matrix: Tensor, view: tuple[int, int], source: tuple[int, int]) -> CropGeometry:
+    """The geometry (…) of views that (…, 3, 3) float64 source → view matrices lead to."""
+    return from_matrix(torch.linalg.inv(matrix).to(torch.float32), view, source)

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 
 from local_distill.errors import ConfigError, GeometryError
-from local_distill.geometry import from_matrix
 from local_distill.structures import CropGeometry
 from local_distill.transforms.adapters._albumentations_steps import STEPS
-from local_distill.transforms.adapters._steps import check_size
+from local_distill.transforms.adapters._steps import check_size, view_geometry
 
 __all__ = ["from_albumentations"]
 
@@ -94,7 +93,7 @@ def from_albumentations(
         matrix = step @ matrix
     if size != view:
         raise GeometryError(f"`view_size` is {view} but the replay makes a view of {size}")
-    return from_matrix(torch.linalg.inv(matrix).to(torch.float32), view, source)
+    return view_geometry(matrix, view, source)
 
 
 def _check(node: Mapping[str, Any], trusted: frozenset[str]) -> bool:

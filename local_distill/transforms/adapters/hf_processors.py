@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from local_distill.errors import ConfigError, GeometryError
-from local_distill.geometry import from_matrix
 from local_distill.structures import CropGeometry
-from local_distill.transforms.adapters._steps import check_size, resized, scale_and_shift
+from local_distill.transforms.adapters._steps import (
+    check_size,
+    resized,
+    scale_and_shift,
+    view_geometry,
+)
 
 __all__ = ["from_hf_processor"]
 
@@ -72,7 +76,7 @@ def from_hf_processor(processor: Any, source_size: Size, view_size: Size) -> Cro
             f"`view_size` is {view}, but {type(processor).__name__} makes views of {size} (height, "
             f"width) out of images of {source}; were other settings handed to its call?"
         )
-    return from_matrix(torch.linalg.inv(matrix).to(torch.float32), view, source)
+    return view_geometry(matrix, view, source)
 
 
 # What a processor may not have made its own, for its settings to say it all.

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from local_distill.errors import ConfigError, GeometryError
-from local_distill.geometry import from_matrix
 from local_distill.structures import CropGeometry
-from local_distill.transforms.adapters._steps import check_size, to_continuous
+from local_distill.transforms.adapters._steps import check_size, to_continuous, view_geometry
 
 __all__ = ["from_kornia"]
 
@@ -130,8 +129,7 @@ def from_kornia(
         raise GeometryError(
             f"`view_size` is {view} but the last call made views of {size} (height, width)"
         )
-    inverse = torch.linalg.inv(to_continuous(matrix))
-    return from_matrix(inverse.to(torch.float32), view, source)
+    return view_geometry(to_continuous(matrix), view, source)
 
 
 def _check_version(augmentation: object) -> None:

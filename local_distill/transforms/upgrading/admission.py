@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 from local_distill.errors import ConfigError, GeometryError
 from local_distill.transforms.geometry_kernels import check_interpolation
 from local_distill.transforms.tracking import track
+from local_distill.transforms.transform_classes import COLOUR
 from local_distill.transforms.upgrading.photometric_probe import check_moves_nothing
 from local_distill.transforms.upgrading.steps import GEOMETRIC, ImageOnly, Moving, quarter_turn
 from local_distill.transforms.upgrading.views import inner_pipeline, view_pipelines
@@ -36,21 +37,20 @@ _TRIED = frozenset(
 )
 
 _CALLED = ("__call__", "forward")
-_COLOUR = "use ColorJitter, RandomSolarize, RandomPosterize and the like, which only change colours"
 _SEVERAL = "it returns several views; use CenterCrop or RandomCrop, or v2's with `track`"
 # torchvision's own transforms that nobody can vouch for.
 _REFUSED = {
-    v1.AugMix: f"it shears, rotates and mixes the image without saying how; {_COLOUR}",
-    v1.AutoAugment: f"it shears and rotates the image without saying how; {_COLOUR}",
+    v1.AugMix: f"it shears, rotates and mixes the image without saying how; {COLOUR}",
+    v1.AutoAugment: f"it shears and rotates the image without saying how; {COLOUR}",
     v1.ElasticTransform: "its displacement is no homography; use RandomAffine or RandomPerspective",
     v1.FiveCrop: _SEVERAL,
     v1.LinearTransformation: (
         "it mixes all pixels of the image with each other; use Normalize, or vouch for it with "
         "`trust=[LinearTransformation]`"
     ),
-    v1.RandAugment: f"it shears and rotates the image without saying how; {_COLOUR}",
+    v1.RandAugment: f"it shears and rotates the image without saying how; {COLOUR}",
     v1.TenCrop: _SEVERAL,
-    v1.TrivialAugmentWide: f"it shears and rotates the image without saying how; {_COLOUR}",
+    v1.TrivialAugmentWide: f"it shears and rotates the image without saying how; {COLOUR}",
     v2.FiveCrop: _SEVERAL,
     v2.TenCrop: _SEVERAL,
 }

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,8 +13,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from local_distill.errors import GeometryError
+from local_distill.transforms.generators import generators_kept, seed_generators
 
-__all__ = ["check_moves_nothing", "generator_states", "preserved_generators", "seed_all"]
+__all__ = ["check_moves_nothing"]
 
 _CELL = 32  # px; one dot in each
 _ROWS, _COLS = 3, 4
@@ -33,34 +32,6 @@ _PLACES = (
 _SEEDS = 8
 _ALLOWED = 0.25  # px: less than any move on purpose, more than an even-sized filter's rounding
 _PROBABILITIES = ("p", "prob", "probability")
-
-
-@contextmanager
-def preserved_generators() -> Iterator[None]:
-    """Leave the generators that v1 pipelines draw from as they were found."""
-    torch_state, python_state = torch.get_rng_state(), random.getstate()
-    numpy_state = np.random.get_state()  # noqa: NPY002
-    try:
-        yield
-    finally:
-        torch.set_rng_state(torch_state)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-
-
-def generator_states() -> tuple[Any, ...]:
-    """The states of these generators, to be compared with ``==``."""
-    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
-    torch_state = torch.get_rng_state().numpy().tobytes()
-    return torch_state, random.getstate(), name, np.asarray(keys).tobytes(), *rest
-
-
-def seed_all(seed: int) -> None:
-    """Seed torch's CPU generator, ``random`` and NumPy's global generator."""
-    # Not torch.manual_seed, which also seeds the devices, whose states are not ours to restore.
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - lightly draws from it
 
 
 def check_moves_nothing(transform: Callable[[Any], Any]) -> None:
@@ -85,10 +56,10 @@ def check_moves_nothing(transform: Callable[[Any], Any]) -> None:
         local_distill.errors.GeometryError: it moves pixels: a dot that was centred at (x, y) = ...
     """
     image, centers = _dots()
-    with preserved_generators():
+    with generators_kept():
         for attempt in (_forced(_twin(transform)), _twin(transform)):
             for seed in range(_SEEDS):
-                seed_all(seed)
+                seed_generators(seed)
                 _check_centers(_values(_call(attempt, image)), centers)
 
 

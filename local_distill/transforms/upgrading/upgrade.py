@@ -7,12 +7,12 @@ from typing import Any
 
 import PIL.Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
-from local_distill.errors import ConfigError, GeometryError
+from local_distill.errors import ConfigError
 from local_distill.structures import CropGeometry
 from local_distill.transforms.geometry_tensor import GeometryTensor
 from local_distill.transforms.images import image_size
+from local_distill.transforms.tracking import finish_view
 from local_distill.transforms.upgrading.admission import admit, check_trust, only_v2
 from local_distill.transforms.upgrading.views import check_same_views, view_pipelines
 
@@ -49,13 +49,7 @@ class Upgraded:
         """
         height, width = image_size(image)
         geometry, view = self.pipeline((GeometryTensor.identity(height, width), image))
-        seen, expected = image_size(view), tuple(F.get_size(geometry))
-        if seen != expected:
-            raise GeometryError(
-                f"the view is (height, width) = {seen} but the tracked geometry says {expected}"
-            )
-        where = geometry.crop_geometry()
-        return view, where.to(view.device) if isinstance(view, Tensor) else where
+        return view, finish_view(geometry, view)
 
     def __repr__(self) -> str:
         return f"Upgraded({self.pipeline!r})"

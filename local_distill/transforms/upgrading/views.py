@@ -13,10 +13,10 @@ from torch import Tensor
 from torchvision import transforms as v1
 
 from local_distill.errors import ConfigError
-from local_distill.transforms.upgrading.photometric_probe import (
+from local_distill.transforms.generators import (
     generator_states,
-    preserved_generators,
-    seed_all,
+    generators_kept,
+    seed_generators,
 )
 
 __all__ = ["check_same_views", "inner_pipeline", "view_pipelines"]
@@ -80,8 +80,8 @@ def check_same_views(transform: Any, upgraded: Callable[[Any], tuple[list[Any], 
     advice = "upgrade each of its pipelines by itself, in the order in which it runs them"
     noise = np.random.default_rng(0).integers(0, 256, (251, 283, 3), dtype=np.uint8)
     image = PIL.Image.fromarray(noise)
-    with preserved_generators():
-        seed_all(0)
+    with generators_kept():
+        seed_generators(0)
         try:
             expected = _flat(transform(image))
         except Exception as error:  # whatever foreign code raises
@@ -90,7 +90,7 @@ def check_same_views(transform: Any, upgraded: Callable[[Any], tuple[list[Any], 
                 f"({type(error).__name__}: {error}); {advice}"
             ) from error
         drawn = generator_states()
-        seed_all(0)
+        seed_generators(0)
         views, _ = upgraded(image)
         same = len(views) == len(expected) and all(map(_equal, views, expected))
         # What it draws besides may decide over another order or number of views next time.

@@ -12,6 +12,7 @@ from torchvision.transforms.v2 import functional as F
 
 from local_distill._check import check_positive
 from local_distill.errors import ConfigError
+from local_distill.transforms.generators import generators_kept
 from local_distill.transforms.verification.cases import (
     KINDS,
     Case,
@@ -32,11 +33,7 @@ from local_distill.transforms.verification.judgement import (
     agrees,
     report,
 )
-from local_distill.transforms.verification.repeated_calls import (
-    Output,
-    RepeatedCalls,
-    generators_kept,
-)
+from local_distill.transforms.verification.repeated_calls import Output, RepeatedCalls
 from local_distill.transforms.verification.structured_light import Measurement, measure
 
 __all__ = ["assert_tracks"]

@@ -1,49 +1,18 @@
-"""Calls a pipeline again and again with the same random numbers, and hands the caller's back."""
+"""Calls a pipeline again and again with the same random numbers."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-
-import numpy as np
-import torch
 
 from local_distill.errors import ConfigError
 from local_distill.structures import CropGeometry
+from local_distill.transforms.generators import seed_generators
 
-__all__ = ["RepeatedCalls", "generators_kept"]
+__all__ = ["RepeatedCalls"]
 
 Output = tuple[list[Any], list[CropGeometry]]
-
-
-@contextlib.contextmanager
-def generators_kept() -> Iterator[None]:
-    """Puts torch's, numpy's and Python's global generators back as they were."""
-    # numpy's old global generator is what many pipelines draw from
-    states = np.random.get_state(), random.getstate()  # noqa: NPY002
-    devices = range(torch.cuda.device_count()) if _cuda_in_use() else ()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        np.random.set_state(states[0])  # noqa: NPY002
-        random.setstate(states[1])
-
-
-def _cuda_in_use() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
-
-def _seed_all(seed: int) -> None:
-    # torch.manual_seed would queue a seed for a GPU that is not in use yet
-    torch.default_generator.manual_seed(seed)
-    if _cuda_in_use():
-        torch.cuda.manual_seed_all(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    random.seed(seed)
 
 
 class RepeatedCalls:
@@ -75,13 +44,13 @@ class RepeatedCalls:
         for index, image in enumerate(images):
             # the first call is the pipeline's own, so that its state goes on from seed to seed
             pipeline = copy.deepcopy(self._snapshot) if self.copies and index else self._pipeline
-            _seed_all(seed)
+            seed_generators(seed)
             outputs.append(_views_and_geometries(pipeline(image)))
         return outputs
 
     def again(self, image: Any, seed: int) -> Output:
         """One more call under the last seed."""
-        _seed_all(seed)
+        seed_generators(seed)
         pipeline = copy.deepcopy(self._snapshot) if self.copies else self._pipeline
         return _views_and_geometries(pipeline(image))
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from local_distill._precision import widest
-from local_distill.geometry import project
-from local_distill.structures import CropGeometry
+from local_distill.geometry import grid_points, project
+from local_distill.structures import CropGeometry, TokenGrid
 from local_distill.transforms.images import image_size
 
 __all__ = [
@@ -189,12 +189,9 @@ def _strong(values: Tensor) -> Tensor:
 
 def pixel_centers(height: int, width: int) -> Tensor:
     """(height, width, 2) float64 centres (x, y) of a view's pixels."""
-    y, x = torch.meshgrid(
-        torch.arange(height, dtype=torch.float64) + 0.5,
-        torch.arange(width, dtype=torch.float64) + 0.5,
-        indexing="ij",
-    )
-    return torch.stack((x, y), -1)
+    pixels = TokenGrid(height, width, stride=(1, 1), offset=(0.5, 0.5))
+    points = grid_points(pixels, torch.device("cpu"), torch.float64)
+    return points.reshape(height, width, 2)
 
 
 def predicted_positions(geometry: CropGeometry, points: Tensor) -> Tensor:

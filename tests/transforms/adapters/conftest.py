@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers.ramps import planes
 from torch import Tensor
 
 from local_distill import CropGeometry, to_source
@@ -19,8 +20,7 @@ class Agreement(NamedTuple):
 
 def ramps(height: int, width: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """(3, h, w): the x and the y of every pixel's centre, and ones: padding spoils them."""
-    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    return torch.stack([x, y, torch.ones(height, width)]).to(dtype)
+    return torch.stack(planes(height, width)).to(dtype)
 
 
 def agreement(view: Tensor, geometry: CropGeometry, margin: float | None = None) -> Agreement:
