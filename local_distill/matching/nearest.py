@@ -19,6 +19,7 @@ from local_distill.geometry import (
     wide_centers,
     wide_diagonals,
 )
+from local_distill.matching._results import hard_matches, no_matches
 from local_distill.structures import CropGeometry, Matches, TokenGrid, Tokens
 
 __all__ = ["NearestMatcher", "nearest_matches"]
@@ -80,7 +81,8 @@ def nearest_matches(
     """
     s_geometry, s_grid, t_geometry, t_grid = geometric_inputs(student, teacher)
     if s_grid.num_tokens == 0 or t_grid.num_tokens == 0:
-        return _no_matches(s_geometry, s_grid, t_grid)
+        matrix = s_geometry.matrix
+        return no_matches(matrix.shape[0], s_grid.num_tokens, min(1, t_grid.num_tokens), matrix)
     source = _Side.of(s_geometry, s_grid)
     target = _Side.of(t_geometry, t_grid)
     if method == "lattice":
@@ -96,8 +98,7 @@ def nearest_matches(
     if max_distance is not None:
         keep = keep & (distance < max_distance)
     dtype = s_geometry.matrix.dtype
-    cost = torch.where(keep, distance, torch.inf).to(dtype)
-    return Matches(index[..., None], keep[..., None].to(dtype), cost)
+    return hard_matches(index, keep, distance.to(dtype))
 
 
 class NearestMatcher(nn.Module):
@@ -147,14 +148,6 @@ class _Side(NamedTuple):
     def of(cls, geometry: CropGeometry, grid: TokenGrid) -> _Side:
         centers = wide_centers(geometry, grid)
         return cls(centers, wide_diagonals(geometry, grid), inside(centers, geometry.source_size))
-
-
-def _no_matches(geometry: CropGeometry, s_grid: TokenGrid, t_grid: TokenGrid) -> Matches:
-    matrix = geometry.matrix
-    shape = (matrix.shape[0], s_grid.num_tokens, min(1, t_grid.num_tokens))
-    index = torch.zeros(shape, dtype=torch.int64, device=matrix.device)
-    cost = matrix.new_full(shape[:2], torch.inf)
-    return Matches(index, matrix.new_zeros(shape), cost)
 
 
 def _by_lattice(

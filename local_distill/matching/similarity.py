@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from local_distill._precision import at_least_float32, no_autocast
+from local_distill._precision import no_autocast
 from local_distill.errors import ConfigError
 from local_distill.matching._inputs import feature_inputs
+from local_distill.matching._results import hard_matches, no_matches
 from local_distill.structures import Matches, Tokens
 
 __all__ = ["SimilarityMatcher", "similarity_matches"]
@@ -54,17 +55,17 @@ def similarity_matches(
     """
     if metric not in ("cosine", "l2"):
         raise ConfigError(f'`metric` must be "cosine" or "l2", got {metric!r}')
-    f, g = (at_least_float32(part) for part in feature_inputs(student, teacher))
-    dtype = torch.promote_types(f.dtype, g.dtype)
-    f, g = f.to(dtype), g.to(dtype)
+    (f, f_inside), (g, g_inside) = feature_inputs(student, teacher)
     b, s, _ = f.shape
     t = g.shape[1]
     if s == 0 or t == 0 or b == 0:
-        shape = (b, s, min(1, t))
-        index = torch.zeros(shape, dtype=torch.int64, device=f.device)
-        return Matches(index, f.new_zeros(shape), f.new_full((b, s), torch.inf))
+        return no_matches(b, s, min(1, t), f)
     f, f_valid = _prepare(f, metric)
     g, g_valid = _prepare(g, metric)
+    if f_inside is not None:
+        f_valid = f_valid & f_inside
+    if g_inside is not None:
+        g_valid = g_valid & g_inside
     index = _most_similar(f, g, g_valid, metric)
     chosen = g.gather(1, index[..., None].expand(-1, -1, g.shape[2]))
     if metric == "cosine":
@@ -72,8 +73,7 @@ def similarity_matches(
     else:
         cost = torch.linalg.vector_norm(f - chosen, dim=-1)
     keep = f_valid & g_valid.any(1, keepdim=True)
-    cost = torch.where(keep, cost, torch.inf)
-    return Matches(index[..., None], keep[..., None].to(dtype), cost)
+    return hard_matches(index, keep, cost)
 
 
 class SimilarityMatcher(nn.Module):
