@@ -1,0 +1,164 @@
+"""The test kit for matchers: one call checks all properties, one line makes them pytest tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from local_distill.errors import ConfigError
+from local_distill.structures import CropGeometry, Matcher, TokenGrid, Tokens
+from local_distill.testing.matcher_properties import REGISTRY, MatcherExample, MatcherKind
+from local_distill.testing.properties import Property, check_properties, properties_test
+from local_distill.testing.strategies import ViewKind
+
+__all__ = ["check_matcher", "matcher_kind", "matcher_properties", "matcher_test"]
+
+
+def check_matcher(
+    matcher: Matcher | type,
+    *,
+    kind: MatcherKind | None = None,
+    views: ViewKind = "crop",
+    properties: Iterable[str] | None = None,
+    examples: Iterable[MatcherExample] | None = None,
+    max_examples: int = 20,
+) -> list[str]:
+    """Check that a matcher keeps what the losses rely on, and tell of all that it does not.
+
+    Args:
+        matcher: any callable ``(student: Tokens, teacher: Tokens) -> Matches``, or a class that can
+            be made without arguments.
+        kind: what it looks at: ``"geometric"``, ``"similarity"`` (features) or ``"both"``; found
+            out by trying where not given.
+        views: the kind of views that it serves: ``"crop"``, ``"turn"``, ``"similar"``, ``"warp"``.
+        properties: names of the properties to check; by default all that apply, see
+            `matcher_properties`.
+        examples: look at these instead of searching: what a failure's snippet does.
+        max_examples: how many examples to try for each property.
+
+    Returns:
+        The names of the properties that hold.
+
+    Raises:
+        PropertyFailed: an AssertionError that names each property that fails, the smallest example
+            found, and the lines that repeat it.
+        ConfigError: an unknown property, or a kind that the matcher does not serve.
+
+    Example:
+        >>> from local_distill import SimilarityMatcher
+        >>> check_matcher(SimilarityMatcher(), properties=["a_view_matches_itself"])
+        ['a_view_matches_itself']
+    """
+    subject = _made(matcher)
+    return check_properties(
+        subject,
+        matcher_properties(kind or matcher_kind(subject), views),
+        checker="check_matcher",
+        names=properties,
+        examples=examples,
+        max_examples=max_examples,
+    )
+
+
+def matcher_test(
+    matcher: Matcher | type,
+    *,
+    kind: MatcherKind | None = None,
+    views: ViewKind = "crop",
+    xfail: Mapping[str, str] | None = None,
+    max_examples: int = 20,
+) -> Callable[[str], None]:
+    """A pytest test of a matcher, with one id for each property.
+
+    Args:
+        matcher: see `check_matcher`.
+        kind: see `check_matcher`.
+        views: see `check_matcher`.
+        xfail: ``{name: reason}`` of the properties that it is known not to keep. Strict: the test
+            fails once it keeps them.
+        max_examples: how many examples to try for each property.
+
+    Returns:
+        A test function. Assign it to a name that starts with ``test_``.
+
+    Raises:
+        ConfigError: an unknown property in ``xfail``.
+        MissingExtraError: pytest is not installed.
+
+    Example:
+        >>> from local_distill import NearestMatcher
+        >>> test_nearest = matcher_test(NearestMatcher(max_distance=0.3))
+        >>> test_nearest("a_view_matches_itself")  # pytest calls it for every property
+    """
+    subject = _made(matcher)
+    known = kind or matcher_kind(subject)
+
+    def check(name: str) -> object:
+        return check_matcher(
+            subject, kind=known, views=views, properties=[name], max_examples=max_examples
+        )
+
+    return properties_test(subject, matcher_properties(known, views), check, xfail=xfail or {})
+
+
+def matcher_properties(kind: MatcherKind, views: ViewKind = "crop") -> list[Property]:
+    """The properties that matchers of this kind have to keep.
+
+    Args:
+        kind: ``"geometric"``, ``"similarity"`` or ``"both"``.
+        views: the kind of views in their examples.
+
+    Raises:
+        ConfigError: an unknown kind.
+
+    Example:
+        >>> len(matcher_properties("geometric")) >= 25
+        True
+    """
+    if kind not in ("geometric", "similarity", "both"):
+        raise ConfigError(f'`kind` must be "geometric", "similarity" or "both", got {kind!r}')
+    return [
+        Property(one.name, one.summary, one.check, one.examples(views), one.max_examples)
+        for one in REGISTRY
+        if kind in one.kinds
+    ]
+
+
+def matcher_kind(matcher: Matcher) -> MatcherKind:
+    """Find out by trying what a matcher looks at: geometry, features or both.
+
+    Raises:
+        ConfigError: it takes neither of them, nor both; the last error is the cause.
+
+    Example:
+        >>> from local_distill import NearestMatcher, SimilarityMatcher
+        >>> matcher_kind(NearestMatcher()), matcher_kind(SimilarityMatcher())
+        ('geometric', 'similarity')
+    """
+    size = torch.tensor([[16, 24]] * 2, dtype=torch.int32)
+    geometry = CropGeometry(torch.eye(3).repeat(2, 1, 1), size, size)
+    grid = TokenGrid.tiling(2, 3, (16, 24))
+    features = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    tries: dict[MatcherKind, Tokens] = {
+        "geometric": Tokens(None, geometry, grid),
+        "similarity": Tokens(features, None, None),
+        "both": Tokens(features, geometry, grid),
+    }
+    last: Exception | None = None
+    for kind, tokens in tries.items():
+        try:
+            matcher(tokens, tokens)
+        except Exception as error:  # any error means that something is missing
+            last = error
+        else:
+            return kind
+    raise ConfigError(
+        "the matcher serves neither tokens with geometry, nor with features, nor with both; "
+        f"the last error was {type(last).__name__}: {last}"
+    ) from last
+
+
+def _made(matcher: Any) -> Any:
+    return matcher() if isinstance(matcher, type) else matcher
