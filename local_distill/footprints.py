@@ -62,7 +62,7 @@ def token_footprints(geometry: CropGeometry, grid: TokenGrid) -> Tensor:
                 [20., 10.]])
     """
     check_geometry("geometry", geometry, grid)
-    return _wide_footprints(geometry, grid).to(geometry.matrix.dtype)
+    return wide_footprints(geometry, grid).to(geometry.matrix.dtype)
 
 
 def footprint_areas(geometry: CropGeometry, grid: TokenGrid) -> Tensor:
@@ -89,7 +89,7 @@ def footprint_areas(geometry: CropGeometry, grid: TokenGrid) -> Tensor:
         tensor([100., 100.])
     """
     check_geometry("geometry", geometry, grid)
-    areas = _signed_area(_wide_footprints(geometry, grid)).abs()
+    areas = signed_area(wide_footprints(geometry, grid)).abs()
     return torch.where(areas.isnan(), torch.inf, areas).to(geometry.matrix.dtype)
 
 
@@ -140,15 +140,18 @@ def overlap_area(
     s_geometry, s_grid, t_geometry, t_grid = geometric_inputs(student, teacher, user="overlap_area")
     with torch.no_grad():
         if method == "clip":
-            areas = _by_clipping(
-                _wide_footprints(s_geometry, s_grid), _wide_footprints(t_geometry, t_grid)
+            areas = clipped_areas(
+                wide_footprints(s_geometry, s_grid), wide_footprints(t_geometry, t_grid)
             )
         else:
             areas = _by_boxes(s_geometry, s_grid, t_geometry, t_grid)
         return areas.to(torch.promote_types(s_geometry.matrix.dtype, t_geometry.matrix.dtype))
 
 
-def _wide_footprints(geometry: CropGeometry, grid: TokenGrid) -> Tensor:
+# What follows works in the widest dtype and checks no shapes; the overlap matcher shares it.
+
+
+def wide_footprints(geometry: CropGeometry, grid: TokenGrid) -> Tensor:
     """`token_footprints`, unchecked and not rounded to the geometry's dtype."""
     matrix = widest(geometry.matrix)
     centers = grid_points(grid, matrix.device, matrix.dtype)
@@ -159,14 +162,14 @@ def _wide_footprints(geometry: CropGeometry, grid: TokenGrid) -> Tensor:
     return points.reshape(*points.shape[:-2], grid.num_tokens, 4, 2)
 
 
-def _signed_area(quads: Tensor) -> Tensor:
+def signed_area(quads: Tensor) -> Tensor:
     """(…) of (…, 4, 2), positive where the corners turn from x to y: half the diagonals' cross."""
     one = quads[..., 2, :] - quads[..., 0, :]
     two = quads[..., 3, :] - quads[..., 1, :]
     return (one[..., 0] * two[..., 1] - one[..., 1] * two[..., 0]) / 2
 
 
-def _by_clipping(student: Tensor, teacher: Tensor) -> Tensor:
+def clipped_areas(student: Tensor, teacher: Tensor) -> Tensor:
     """(b, s, t) of quads (b, s, 4, 2) and (b, t, 4, 2), in blocks of student tokens."""
     b, s = student.shape[:2]
     t = teacher.shape[1]
@@ -177,9 +180,9 @@ def _by_clipping(student: Tensor, teacher: Tensor) -> Tensor:
     # Counted from the teacher's cell: far from the origin the products below would lose digits.
     middle = teacher.mean(2)
     teacher = teacher - middle[:, :, None]
-    way = _signed_area(teacher).sign()  # a mirrored view's corners run the other way round
+    way = signed_area(teacher).sign()  # a mirrored view's corners run the other way round
     t_good = t_good & (way != 0)
-    block = max(1, _CLIP_BYTES // (_BYTES_PER_PAIR * b * t))
+    block = min(s, max(1, _CLIP_BYTES // (_BYTES_PER_PAIR * b * t)))
     areas = []
     for start in range(0, s, block):
         quads = student[:, start : start + block, None] - middle[:, None, :, None]  # (b, n, t, 4,2)
@@ -252,6 +255,29 @@ def _by_boxes(
     s_geometry: CropGeometry, s_grid: TokenGrid, t_geometry: CropGeometry, t_grid: TokenGrid
 ) -> Tensor:
     """(b, s, t) where rows and columns are straight in the source: x and y are shared apart."""
+    served = upright_views(
+        s_geometry, s_grid, t_geometry, t_grid, use='overlap_area(..., method="clip")'
+    )
+    along_x = shared_lengths(spans(s_geometry, s_grid, 0), spans(t_geometry, t_grid, 0))
+    along_y = shared_lengths(spans(s_geometry, s_grid, 1), spans(t_geometry, t_grid, 1))
+    areas = along_y[:, :, None, :, None] * along_x[:, None, :, None, :]
+    areas = areas.flatten(3, 4).flatten(1, 2)
+    return torch.where(served[:, None, None], areas, 0.0)
+
+
+def upright_views(
+    s_geometry: CropGeometry,
+    s_grid: TokenGrid,
+    t_geometry: CropGeometry,
+    t_grid: TokenGrid,
+    *,
+    use: str,
+) -> Tensor:
+    """(b,) whether both views' cells are upright boxes in the source.
+
+    Raises:
+        GeometryError: where they are not and that can be seen; the message says what to ``use``.
+    """
     served = []
     for name, geometry, grid in (
         ("student", s_geometry, s_grid),
@@ -262,14 +288,10 @@ def _by_boxes(
             raise GeometryError(
                 f"`{name}.geometry` of image {int((~good).nonzero()[0, 0])}: the view is turned, "
                 "sheared or in perspective, its cells are no upright boxes in the source; use "
-                'overlap_area(..., method="clip")'
+                f"{use}"
             )
         served.append(good)
-    along_x = _shared(_spans(s_geometry, s_grid, 0), _spans(t_geometry, t_grid, 0))  # (b, cols²)
-    along_y = _shared(_spans(s_geometry, s_grid, 1), _spans(t_geometry, t_grid, 1))  # (b, rows²)
-    areas = along_y[:, :, None, :, None] * along_x[:, None, :, None, :]
-    areas = areas.flatten(3, 4).flatten(1, 2)
-    return torch.where((served[0] & served[1])[:, None, None], areas, 0.0)
+    return served[0] & served[1]
 
 
 def _is_upright(matrix: Tensor, grid: TokenGrid) -> Tensor:
@@ -286,7 +308,7 @@ def _is_upright(matrix: Tensor, grid: TokenGrid) -> Tensor:
     return upright
 
 
-def _spans(geometry: CropGeometry, grid: TokenGrid, axis: int) -> tuple[Tensor, Tensor]:
+def spans(geometry: CropGeometry, grid: TokenGrid, axis: int) -> tuple[Tensor, Tensor]:
     """(b, n) low and high end in the source of each column (axis 0) or row (axis 1)."""
     matrix = widest(geometry.matrix)
     count = (grid.cols, grid.rows)[axis]
@@ -297,7 +319,7 @@ def _spans(geometry: CropGeometry, grid: TokenGrid, axis: int) -> tuple[Tensor, 
     return torch.minimum(ends[:, :-1], ends[:, 1:]), torch.maximum(ends[:, :-1], ends[:, 1:])
 
 
-def _shared(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:
+def shared_lengths(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> Tensor:
     """(b, s, t) length that intervals share."""
     low = torch.maximum(student[0][:, :, None], teacher[0][:, None])
     high = torch.minimum(student[1][:, :, None], teacher[1][:, None])
