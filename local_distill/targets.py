@@ -192,6 +192,10 @@ class Centering(nn.Module):
                     f"`valid[{view}]` must have shape {tuple(logits.shape[:-1])} as `{name}` "
                     f"without its prototypes, got {tuple(keep.shape)}"
                 )
+            if keep is not None and keep.dtype != torch.bool:
+                raise ShapeError(
+                    f"`valid[{view}]` must be bool, got {keep.dtype}; convert with .bool()"
+                )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Centering:
         # A running mean kept in half precision would stop moving: half() and to(bfloat16) change

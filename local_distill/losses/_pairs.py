@@ -63,11 +63,21 @@ def check_pairs(
         check_floating(f"teacher_logits[{q}]", teacher)
         axes.bind(f"matches[{pair}].weight", found.weight, "b s k")
         index = axes.bind(f"matches[{pair}].teacher_index", found.teacher_index, "b s k")
-        if values_visible(index) and index.numel() and int(index.max()) >= axes["t"]:
-            raise ShapeError(
-                f"`matches[{pair}].teacher_index` reaches {int(index.max())} but "
-                f"`teacher_logits[{q}]` has {axes['t']} tokens: matches of other views or grids?"
-            )
+        _check_index(f"matches[{pair}].teacher_index", index, f"teacher_logits[{q}]", axes["t"])
+
+
+def _check_index(name: str, index: Tensor, of: str, tokens: int) -> None:
+    """Refuse teacher indices of another type, and where it can be seen those out of range."""
+    if index.dtype != torch.int64:
+        raise ShapeError(f"`{name}` must be int64, got {index.dtype}; convert with .long()")
+    if not values_visible(index) or not index.numel():
+        return
+    low, high = (int(end) for end in index.aminmax())
+    if low < 0 or high >= tokens:
+        raise ShapeError(
+            f"`{name}` reaches {low if low < 0 else high} but `{of}` has {tokens} tokens, counted "
+            "from 0: matches of other views or grids? A token without a match has weight 0"
+        )
 
 
 def paired_cross_entropy(

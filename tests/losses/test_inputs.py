@@ -188,3 +188,17 @@ def test_the_whole_step_compiles_to_one_graph():
         torch.testing.assert_close(found.loss, wanted.loss)
         assert torch.equal(found.matches[2, 1].teacher_index, wanted.matches[2, 1].teacher_index)
     torch.testing.assert_close(loss.local_loss.targets.center, plain.local_loss.targets.center)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda index: index - 1, "reaches -1 but `teacher_logits.0.` has 4 tokens"),
+        (lambda index: index.int(), "teacher_index` must be int64, got torch.int32"),
+    ],
+)
+def test_indices_that_point_at_no_token_are_refused(change, text):
+    found = matches()[0, 0]
+    bad = {(0, 0): found._replace(teacher_index=change(found.teacher_index))}
+    with pytest.raises(ShapeError, match=text):
+        LocalDistillationLoss(Centering(5))(**step(matches=bad))

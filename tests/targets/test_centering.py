@@ -150,5 +150,7 @@ def test_bad_settings_and_shapes_are_refused():
         targets.update([torch.ones(2, 3).long()])
     with pytest.raises(ShapeError, match="`valid` has 2 views"):
         targets.update([torch.randn(2, 3)], [None, None])
+    with pytest.raises(ShapeError, match=r"`valid\[0\]` must be bool, got torch.float32"):
+        targets.update([torch.randn(2, 3)], [torch.ones(2)])
     with pytest.raises(ConfigError, match="teacher_temp"):
         targets([torch.randn(2, 3)], teacher_temp=0.0)
