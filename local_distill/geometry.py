@@ -279,6 +279,34 @@ def check_geometry(name: str, geometry: CropGeometry, grid: TokenGrid | None = N
         ShapeError: not a `CropGeometry`, or shapes that do not belong together.
         GeometryError: half precision, non-finite, singular, sizes below 1, tokens outside the view.
     """
+    check_geometry_shapes(name, geometry, grid)
+    matrix, view_size, source_size = geometry
+    if not values_visible(matrix, view_size, source_size) or matrix.numel() == 0:
+        return
+    sound = sound_matrix(widest(matrix))
+    smallest = torch.minimum(view_size, source_size)
+    if not bool((sound & (smallest >= 1).all(-1)).all()):
+        _refuse_values(name, geometry, sound)
+    if grid is not None:
+        _check_grid_fits(name, view_size, grid)
+
+
+def _refuse_values(name: str, geometry: CropGeometry, sound: Tensor) -> None:
+    matrix, view_size, source_size = geometry
+    for label, size in (("view_size", view_size), ("source_size", source_size)):
+        if int(size.min()) < 1:
+            raise GeometryError(f"`{name}`: {label} must be at least 1 × 1, got {_sizes(size)}")
+    if not bool(matrix.isfinite().all()):
+        raise GeometryError(f"`{name}`: the matrix holds NaN or infinity; what made this view?")
+    first = int((~sound).reshape(-1).nonzero()[0, 0])
+    raise GeometryError(
+        f"`{name}`: the matrix is singular, the view would have no area in the source: "
+        f"{matrix.reshape(-1, 3, 3)[first].tolist()}"
+    )
+
+
+def check_geometry_shapes(name: str, geometry: CropGeometry, grid: TokenGrid | None) -> None:
+    """The part of `check_geometry` that looks at no value."""
     if not isinstance(geometry, CropGeometry):
         raise ShapeError(
             f"`{name}` must be a CropGeometry, got {type(geometry).__name__}; "
@@ -299,38 +327,30 @@ def check_geometry(name: str, geometry: CropGeometry, grid: TokenGrid | None = N
         )
     if grid is not None and (grid.rows < 0 or grid.cols < 0):
         raise ShapeError(f"`grid` must not have negative rows or columns, got {grid}")
-    if not values_visible(matrix, view_size, source_size) or matrix.numel() == 0:
-        return
-    for label, size in (("view_size", view_size), ("source_size", source_size)):
-        if int(size.min()) < 1:
-            raise GeometryError(f"`{name}`: {label} must be at least 1 × 1, got {_sizes(size)}")
-    if not bool(matrix.isfinite().all()):
-        raise GeometryError(f"`{name}`: the matrix holds NaN or infinity; what made this view?")
-    # Relative to the product of the column lengths, so that a crop of 1 px out of 65,535 passes.
-    linear = widest(matrix)
-    size = linear[..., :2, :2].norm(dim=-2).prod(-1) * linear[..., 2, 2].abs().clamp_min(1e-30)
-    degenerate = ~(torch.linalg.det(linear).abs() > 1e-7 * size)
-    if bool(degenerate.any()):
-        raise GeometryError(
-            f"`{name}`: the matrix is singular, the view would have no area in the source: "
-            f"{matrix.reshape(-1, 3, 3)[int(degenerate.reshape(-1).nonzero()[0, 0])].tolist()}"
-        )
-    if grid is not None:
-        _check_grid_fits(name, view_size, grid)
 
 
 def _check_grid_fits(name: str, view_size: Tensor, grid: TokenGrid) -> None:
-    last_x = grid.offset[0] + grid.stride[0] * (grid.cols - 1)
-    last_y = grid.offset[1] + grid.stride[1] * (grid.rows - 1)
     height, width = view_size.reshape(-1, 2).amin(0).tolist()
-    # A backbone whose padding rounds up (ResNet at 97 px) centres its last token past the edge by
-    # less than a stride; a grid beyond that belongs to another view, or its sizes are swapped.
-    slack_x, slack_y = grid.stride
-    if last_x >= width + slack_x or last_y >= height + slack_y:
+    if not grid_fits(grid, height, width):
+        last_x, last_y = _last_center(grid)
         raise GeometryError(
             f"`{name}`: the grid's last token is centred at (x, y) = ({last_x}, {last_y}), outside "
             f"the view of (height, width) = ({height}, {width}); is one given as (width, height)?"
         )
+
+
+def grid_fits(grid: TokenGrid, height: int, width: int) -> bool:
+    """Whether the token centres lie in a view of this size, or not much outside."""
+    last_x, last_y = _last_center(grid)
+    # A backbone whose padding rounds up (ResNet at 97 px) centres its last token past the edge by
+    # less than a stride; a grid beyond that belongs to another view, or its sizes are swapped.
+    return last_x < width + grid.stride[0] and last_y < height + grid.stride[1]
+
+
+def _last_center(grid: TokenGrid) -> tuple[float, float]:
+    last_x = grid.offset[0] + grid.stride[0] * (grid.cols - 1)
+    last_y = grid.offset[1] + grid.stride[1] * (grid.rows - 1)
+    return last_x, last_y
 
 
 def _check_dtype(matrix: Tensor) -> None:
@@ -396,17 +416,29 @@ def with_middle_in_front(matrix: Tensor, view_size: Tensor) -> Tensor:
 
 def inverse_matrix(matrix: Tensor) -> Tensor:
     """Inverse of 3 × 3 matrices by cofactors: elementwise, so it batches and never syncs."""
-    a, b, c = matrix[..., 0, :].unbind(-1)
-    d, e, f = matrix[..., 1, :].unbind(-1)
-    g, h, i = matrix[..., 2, :].unbind(-1)
-    rows = (
-        (e * i - f * h, c * h - b * i, b * f - c * e),
-        (f * g - d * i, a * i - c * g, c * d - a * f),
-        (d * h - e * g, b * g - a * h, a * e - b * d),
-    )
-    determinant = a * rows[0][0] + b * rows[1][0] + c * rows[2][0]
-    adjugate = torch.stack([torch.stack(row, -1) for row in rows], -2)
-    return adjugate / determinant[..., None, None]
+    cofactors = cofactor_matrix(matrix)
+    return cofactors.mT / determinant(matrix, cofactors)[..., None, None]
+
+
+def cofactor_matrix(matrix: Tensor) -> Tensor:
+    """(…, 3, 3) cofactors: row i is the cross product of the two rows that follow it in turn."""
+    cofactors: Tensor = torch.linalg.cross(matrix.roll(-1, -2), matrix.roll(1, -2), dim=-1)
+    return cofactors
+
+
+def determinant(matrix: Tensor, cofactors: Tensor) -> Tensor:
+    """(…) determinants, from the `cofactor_matrix`."""
+    return (matrix[..., 0, :] * cofactors[..., 0, :]).sum(-1)
+
+
+def sound_matrix(matrix: Tensor) -> Tensor:
+    """(…) bool: finite and not singular."""
+    # Relative to the product of the column lengths, so that a crop of 1 px out of 65,535 passes.
+    lengths = matrix[..., :2, :2].square().sum(-2).prod(-1).sqrt()
+    area = determinant(matrix, cofactor_matrix(matrix)).abs()
+    # Not finite where any entry is not, as all entries are factors of it.
+    singular = 1e-7 * lengths * matrix[..., 2, 2].abs().clamp_min(1e-30)
+    return (area > singular) & (area < torch.inf)
 
 
 def wide_centers(geometry: CropGeometry, grid: TokenGrid) -> Tensor:

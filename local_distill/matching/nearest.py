@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from local_distill._check import check_positive, values_visible
-from local_distill._geometric_inputs import geometric_inputs
+from local_distill._check import (
+    check_positive,
+    check_sequence,
+    check_view_pairs,
+    values_visible,
+)
 from local_distill._precision import widest
 from local_distill.errors import ConfigError, GeometryError
-from local_distill.geometry import (
-    grid_points,
-    inside,
-    inverse_matrix,
-    project,
-    wide_centers,
-    wide_diagonals,
+from local_distill.geometry import sound_matrix
+from local_distill.kernels.lattice import (
+    LatticeStudents,
+    LatticeTeachers,
+    cell_maps,
+    lattice_students,
+    lattice_teachers,
+    nearest_on_lattice,
+    placed_tokens,
 )
+from local_distill.kernels.nearest_search import nearest_by_search, search_views
 from local_distill.matching._results import hard_matches, no_matches
-from local_distill.structures import CropGeometry, Matches, TokenGrid, Tokens
+from local_distill.matching._view_stacks import (
+    StackedPairs,
+    StackedViews,
+    refuse_bad_values,
+    stack_views,
+)
+from local_distill.structures import CropGeometry, Matches, Tokens
 
-__all__ = ["NearestMatcher", "nearest_matches"]
+__all__ = ["NearestMatcher", "nearest_matches", "nearest_view_matches"]
 
-# Bytes that one block of the search's (tokens × teacher tokens) table may take.
-_SEARCH_BYTES = 64 * 2**20
-# Cell axes count as orthogonal up to this cosine: float32 rounding of a rotation's entries is 1e-7.
-_ORTHOGONAL = 1e-5
+Pair = tuple[int, int]
+Method = Literal["lattice", "search"]
+# Index (p, b, s) and cost (p, b, s), NaN where there is no match, of every block of p pairs.
+Found = list[tuple[Tensor, Tensor]]
 
 
 def nearest_matches(
@@ -35,7 +49,7 @@ def nearest_matches(
     teacher: Tokens,
     *,
     max_distance: float | None = 0.5,
-    method: Literal["lattice", "search"] = "lattice",
+    method: Method = "lattice",
 ) -> Matches:
     """Match each student token to the teacher token whose centre is nearest in the source.
 
@@ -79,26 +93,58 @@ def nearest_matches(
 
     Source: "Global-Local Self-Distillation" (WACV 2023), its distance-based matching with a hinge.
     """
-    s_geometry, s_grid, t_geometry, t_grid = geometric_inputs(student, teacher)
-    if s_grid.num_tokens == 0 or t_grid.num_tokens == 0:
-        matrix = s_geometry.matrix
-        return no_matches(matrix.shape[0], s_grid.num_tokens, min(1, t_grid.num_tokens), matrix)
-    source = _Side.of(s_geometry, s_grid)
-    target = _Side.of(t_geometry, t_grid)
-    if method == "lattice":
-        index, found = _by_lattice(s_geometry, s_grid, t_geometry, t_grid, target)
-    elif method == "search":
-        index, found = _by_search(source, target)
-    else:
-        raise ConfigError(f'`method` must be "lattice" or "search", got {method!r}')
-    chosen = target.centers.gather(1, index[..., None].expand(-1, -1, 2))
-    diagonal = torch.maximum(source.diagonals, target.diagonals.gather(1, index))
-    distance = (source.centers - chosen).square().sum(-1).sqrt() / diagonal
-    keep = found & source.valid & target.valid.gather(1, index)
-    if max_distance is not None:
-        keep = keep & (distance < max_distance)
-    dtype = s_geometry.matrix.dtype
-    return hard_matches(index, keep, distance.to(dtype))
+    return _matches_of_pairs([student], [teacher], [(0, 0)], max_distance, method, numbered=False)[
+        0, 0
+    ]
+
+
+def nearest_view_matches(
+    student: Sequence[Tokens],
+    teacher: Sequence[Tokens],
+    pairs: Iterable[Pair],
+    *,
+    max_distance: float | None = 0.5,
+    method: Method = "lattice",
+) -> dict[Pair, Matches]:
+    """`nearest_matches` of many pairs of views, worked out together.
+
+    What depends on one view alone is done once a view, and all pairs with the same two grids go
+    through in one batch: ten views of a DINO step cost little more than one pair.
+
+    Args:
+        student: `Tokens` of each student view.
+        teacher: `Tokens` of each teacher view. A view whose geometry tensors are the very ones of
+            a student view is worked out once for both.
+        pairs: (v, q) pairs to match. Views that no pair names are not looked at.
+        max_distance: as in `nearest_matches`.
+        method: as in `nearest_matches`.
+
+    Returns:
+        ``{(v, q): Matches}``, in the order of ``pairs``: to the bit those of `nearest_matches`
+        wherever the arithmetic is exact, and within one float32 rounding of them elsewhere.
+
+    Raises:
+        ShapeError: as `nearest_matches`, with ``student[v]`` or ``teacher[q]`` named; a pair of
+            views that are not there.
+        GeometryError: as `nearest_matches`, likewise.
+
+    Example:
+        >>> import torch
+        >>> from local_distill import TokenGrid, from_box
+        >>> boxes = torch.tensor([[0.0, 0, 32, 32], [8, 0, 40, 32]])
+        >>> geometry = from_box(boxes, view_size=(32, 32), source_size=(40, 40))
+        >>> fine = Tokens(None, geometry, TokenGrid.tiling(4, 4, view_size=(32, 32)))
+        >>> coarse = Tokens(None, geometry, TokenGrid.tiling(2, 2, view_size=(32, 32)))
+        >>> found = nearest_view_matches([fine, coarse], [fine], [(0, 0), (1, 0)])
+        >>> found[1, 0].teacher_index[..., 0]  # between four tokens each: the first of them
+        tensor([[ 0,  2,  8, 10],
+                [ 0,  2,  8, 10]])
+    """
+    check_sequence("student", student, "Tokens")
+    check_sequence("teacher", teacher, "Tokens")
+    pairs = list(dict.fromkeys(pairs))
+    check_view_pairs(pairs, len(student), len(teacher))
+    return _matches_of_pairs(student, teacher, pairs, max_distance, method, numbered=True)
 
 
 class NearestMatcher(nn.Module):
@@ -120,7 +166,7 @@ class NearestMatcher(nn.Module):
     def __init__(
         self,
         max_distance: float | None = 0.5,
-        method: Literal["lattice", "search"] = "lattice",
+        method: Method = "lattice",
     ) -> None:
         super().__init__()
         if max_distance is not None:
@@ -128,106 +174,136 @@ class NearestMatcher(nn.Module):
         if method not in ("lattice", "search"):
             raise ConfigError(f'`method` must be "lattice" or "search", got {method!r}')
         self.max_distance = max_distance
-        self.method: Literal["lattice", "search"] = method
+        self.method: Method = method
 
     def forward(self, student: Tokens, teacher: Tokens) -> Matches:
         """See `nearest_matches`."""
         return nearest_matches(student, teacher, max_distance=self.max_distance, method=self.method)
+
+    def match_views(
+        self, student: Sequence[Tokens], teacher: Sequence[Tokens], pairs: Iterable[Pair]
+    ) -> dict[Pair, Matches]:
+        """See `nearest_view_matches`."""
+        return nearest_view_matches(
+            student, teacher, pairs, max_distance=self.max_distance, method=self.method
+        )
 
     def extra_repr(self) -> str:
         """The settings, for print."""
         return f"max_distance={self.max_distance}, method={self.method!r}"
 
 
-class _Side(NamedTuple):
-    centers: Tensor  # (b, n, 2) source pixels
-    diagonals: Tensor  # (b, n) source pixels
-    valid: Tensor  # (b, n) centre inside the source
+def _matches_of_pairs(
+    student: Sequence[Tokens],
+    teacher: Sequence[Tokens],
+    pairs: Sequence[Pair],
+    max_distance: float | None,
+    method: Method,
+    *,
+    numbered: bool,
+) -> dict[Pair, Matches]:
+    if method not in ("lattice", "search"):
+        raise ConfigError(f'`method` must be "lattice" or "search", got {method!r}')
+    if not pairs:
+        return {}
+    views = stack_views(student, teacher, pairs, numbered=numbered)
+    # Worked out in the widest type, and cut off from the graph.
+    geometry = views.geometry._replace(matrix=widest(views.geometry.matrix.detach()))
+    full = [group for group in views.groups if min(_num_tokens(views, group)) > 0]
+    if method == "lattice":
+        found = _on_lattice(views, geometry, full)
+    else:
+        found = _by_search(views, geometry, full)
+    # Infinity is no cost of a match.
+    limit = torch.inf if max_distance is None else max_distance
+    results: dict[Pair, Matches] = {}
+    for group in views.groups:
+        s, t = _num_tokens(views, group)
+        if s and t:
+            blocks = [
+                hard_matches(index, cost < limit, cost.to(group.dtype))
+                for index, cost in found.pop(0)
+            ]
+            each = [
+                Matches(*parts)
+                for block in blocks
+                for parts in zip(*(part.unbind(0) for part in block), strict=True)
+            ]
+        else:
+            like = geometry.matrix.new_empty(0, dtype=group.dtype)
+            b = geometry.matrix.shape[1]
+            each = [no_matches(b, s, min(1, t), like) for _ in group.pairs]
+        results.update(zip(group.pairs, each, strict=True))
+    return {pair: results[pair] for pair in pairs}
 
-    @classmethod
-    def of(cls, geometry: CropGeometry, grid: TokenGrid) -> _Side:
-        centers = wide_centers(geometry, grid)
-        return cls(centers, wide_diagonals(geometry, grid), inside(centers, geometry.source_size))
+
+def _num_tokens(views: StackedViews, group: StackedPairs) -> tuple[int, int]:
+    """How many tokens the student and the teacher views have."""
+    s, t = (views.stacks[side].grid.num_tokens for side in (group.students, group.teachers))
+    return s, t
 
 
-def _by_lattice(
-    s_geometry: CropGeometry,
-    s_grid: TokenGrid,
-    t_geometry: CropGeometry,
-    t_grid: TokenGrid,
-    target: _Side,
-) -> tuple[Tensor, Tensor]:
-    """Round in teacher token coordinates: with orthogonal axes, x and y are decided apart."""
-    s_matrix, t_matrix = widest(s_geometry.matrix), widest(t_geometry.matrix)
-    valid = target.valid.reshape(-1, t_grid.rows, t_grid.cols)
-    columns, rows = valid.any(1), valid.any(2)
-    served = _is_orthogonal(t_matrix, t_grid)
-    # The clamp below is exact only where the tokens inside the source form a rectangle of the grid.
-    rectangular = (valid == (rows[:, :, None] & columns[:, None, :])).all((1, 2))
-    if values_visible(s_matrix, t_matrix):
-        _refuse_unless(served, "cell axes are not orthogonal in the source (shear, perspective)")
+def _on_lattice(
+    views: StackedViews, geometry: CropGeometry, groups: Sequence[StackedPairs]
+) -> list[Found]:
+    """The matches of each group on the lattices of its teacher views."""
+    maps = cell_maps(geometry.matrix, geometry.source_size, views.grids)
+    refuse_bad_values(views, maps.sound)
+    student_stacks = {group.students for group in groups}
+    teacher_stacks = {group.teachers for group in groups}
+    students: dict[int, LatticeStudents] = {}
+    teachers: dict[int, LatticeTeachers] = {}
+    for number, stack in enumerate(views.stacks):
+        if number not in student_stacks | teacher_stacks:
+            continue
+        part = maps.part(stack.start, stack.stop)
+        tokens = placed_tokens(part, stack.grid)
+        if number in student_stacks:
+            students[number] = lattice_students(part, tokens)
+        if number in teacher_stacks:
+            teachers[number] = lattice_teachers(part, tokens)
+    found = []
+    for group in groups:
+        lattices, grid = teachers[group.teachers], views.stacks[group.teachers].grid
+        _refuse_unserved(lattices, group)
+        found.append(nearest_on_lattice(students[group.students], lattices, group.slots, grid))
+    return found
+
+
+def _refuse_unserved(teachers: LatticeTeachers, group: StackedPairs) -> None:
+    """Where values can be seen, name the first image that the lattice cannot serve."""
+    good = teachers.orthogonal & teachers.rectangular
+    if not values_visible(good) or bool(good.all()):
+        return
+    for (_, name), (_, slot) in zip(group.names, group.slots, strict=True):
         _refuse_unless(
-            rectangular,
+            teachers.orthogonal[slot],
+            name,
+            "cell axes are not orthogonal in the source (shear, perspective)",
+        )
+        _refuse_unless(
+            teachers.rectangular[slot],
+            name,
             "turned view reaches out of the source, so that its inner tokens form no rectangle",
         )
-    from_student = inverse_matrix(t_matrix) @ s_matrix
-    points = project(from_student, grid_points(s_grid, s_matrix.device, s_matrix.dtype))
-    offset = points.new_tensor(t_grid.offset)
-    stride = points.new_tensor(t_grid.stride)
-    column, row = ((points - offset) / stride).unbind(-1)
-    column = _clamp_to(_round_down(column), columns)
-    row = _clamp_to(_round_down(row), rows)
-    index = row * t_grid.cols + column
-    found = served & rectangular & valid.any((1, 2))
-    return index, found[:, None].expand_as(index)
 
 
-def _is_orthogonal(matrix: Tensor, grid: TokenGrid) -> Tensor:
-    """(b,) whether the view is affine and its cell axes are orthogonal in the source."""
-    across, down = matrix[:, :2, 0], matrix[:, :2, 1]
-    cosine = (across * down).sum(-1).abs() / (across.norm(dim=-1) * down.norm(dim=-1))
-    # Perspective: how much the third coordinate changes over the grid, relative to its constant.
-    reach = max(grid.cols * grid.stride[0], grid.rows * grid.stride[1])
-    bend = matrix[:, 2, :2].abs().amax(-1) * reach / matrix[:, 2, 2].abs()
-    orthogonal: Tensor = (cosine < _ORTHOGONAL) & (bend < _ORTHOGONAL)
-    return orthogonal
-
-
-def _refuse_unless(good: Tensor, what: str) -> None:
+def _refuse_unless(good: Tensor, name: str, what: str) -> None:
     if not bool(good.all()):
         first = int((~good).nonzero()[0, 0])
         raise GeometryError(
-            f"`teacher.geometry` of image {first}: the {what}; the lattice method cannot serve it, "
+            f"`{name}.geometry` of image {first}: the {what}; the lattice method cannot serve it, "
             'use NearestMatcher(method="search")'
         )
 
 
-def _round_down(values: Tensor) -> Tensor:
-    """Round to the nearest whole number, halves downwards: ties go to the lowest index."""
-    return (values - 0.5).ceil()
-
-
-def _clamp_to(values: Tensor, allowed: Tensor) -> Tensor:
-    """Clamp (b, s) to the first and last allowed index of each image's (b, n); NaN becomes 0."""
-    last = allowed.shape[1] - 1
-    flags = allowed.to(torch.int64)
-    low = flags.argmax(1)
-    high = last - flags.flip(1).argmax(1)
-    clamped = torch.minimum(torch.maximum(values, low[:, None]), high[:, None])
-    return clamped.nan_to_num(0.0).to(torch.int64)
-
-
-def _by_search(source: _Side, target: _Side) -> tuple[Tensor, Tensor]:
-    """Look at every pair, in blocks; squared differences, never the matrix-product form."""
-    b, s = source.valid.shape
-    t = target.valid.shape[1]
-    x, y = torch.where(target.valid[..., None], target.centers, torch.inf).unbind(-1)
-    block = max(1, _SEARCH_BYTES // max(1, 3 * b * t * source.centers.element_size()))
-    indices = []
-    for start in range(0, s, block):
-        points = source.centers[:, start : start + block]
-        squared = (points[..., 0, None] - x[:, None]).square()
-        squared = squared + (points[..., 1, None] - y[:, None]).square()
-        # A NaN student point would make argmin return it; its match is dropped by `valid` anyway.
-        indices.append(squared.argmin(-1))
-    return torch.cat(indices, 1), target.valid.any(1, keepdim=True).expand(b, s)
+def _by_search(
+    views: StackedViews, geometry: CropGeometry, groups: Sequence[StackedPairs]
+) -> list[Found]:
+    """The matches of each group by looking at all teacher tokens."""
+    refuse_bad_values(views, sound_matrix(geometry.matrix))
+    sides = [search_views(stack.of(geometry), stack.grid) for stack in views.stacks]
+    return [
+        nearest_by_search(sides[group.students], sides[group.teachers], group.slots)
+        for group in groups
+    ]

@@ -1,10 +1,11 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import oracles
-from helpers.strategies import random_geometry, similar_pairs, view_pairs
+from helpers.strategies import crops, grids, random_geometry, similar_pairs, view_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,6 +44,88 @@ def check_against_oracle(student, teacher, matches, max_distance):
             assert math.hypot(p[0] - q[0], p[1] - q[1]) <= best[0] + slack
             if best[0] > 100 * slack:  # below, the two candidates' diagonals may differ
                 assert cost == pytest.approx(best[1], rel=1e-3, abs=1e-5)
+
+
+@st.composite
+def large_views(draw):
+    """Both sides' `Tokens` on any two grids, with or without a rest of the view."""
+    source = (draw(st.integers(30, 700)), draw(st.integers(30, 700)))
+    sides = []
+    for _ in range(2):
+        rows, cols = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+        stride = (draw(st.sampled_from([4.0, 14.0, 16.0, 7.3])), draw(st.sampled_from([5.0, 16.0])))
+        rest = (draw(st.integers(0, 13)), draw(st.integers(0, 13)))
+        size = (math.ceil(rows * stride[1]) + rest[0], math.ceil(cols * stride[0]) + rest[1])
+        offset = draw(st.sampled_from([(0.5, 0.5), (stride[0] / 2, stride[1] / 2), (1.25, 3.1)]))
+        geometry = crops(draw, 2, size, source, padding=draw(st.sampled_from([0.0, 40.0])))
+        sides.append(Tokens(None, geometry, TokenGrid(rows, cols, stride, offset)))
+    return sides
+
+
+def all_distances(student, teacher):
+    """(b, s, t) float64 distances of the centres in the source, inf where either is outside."""
+    sides = []
+    for geometry, grid in ((student.geometry, student.grid), (teacher.geometry, teacher.grid)):
+        r, c = np.divmod(np.arange(grid.rows * grid.cols), grid.cols)
+        x = grid.offset[0] + grid.stride[0] * c
+        y = grid.offset[1] + grid.stride[1] * r
+        m = geometry.matrix.double().numpy()[:, :, :, None]
+        px, py, w = (m[:, i, 0] * x + m[:, i, 1] * y + m[:, i, 2] for i in range(3))
+        size = geometry.source_size.numpy()[:, :, None]
+        px, py = px / w, py / w
+        good = (w > 0) & (px >= 0) & (py >= 0) & (px <= size[:, 1]) & (py <= size[:, 0])
+        sides.append((px, py, good))
+    (sx, sy, s_good), (tx, ty, t_good) = sides
+    apart = np.hypot(sx[..., None] - tx[:, None], sy[..., None] - ty[:, None])
+    return np.where(s_good[..., None] & t_good[:, None], apart, np.inf)
+
+
+def check_against_brute_force(student, teacher, method):
+    matches = nearest_matches(student, teacher, max_distance=None, method=method)
+    truth = all_distances(student, teacher)
+    best = truth.min(-1)
+    assert np.array_equal(matches.matched.numpy(), np.isfinite(best))
+    index = matches.teacher_index.numpy()
+    reached = np.take_along_axis(truth, index, -1)[..., 0]
+    side = int(student.geometry.source_size.max())
+    matched = np.isfinite(best)
+    # float64 places in the source, and 2⁻³⁶ of a cell, which is no larger than the source
+    np.testing.assert_allclose(reached[matched], best[matched], rtol=1e-9, atol=3e-11 * side)
+    if truth.shape[-1] == 1:
+        return
+    second = np.partition(truth, 1, -1)[..., 1]
+    tied = second <= best * (1 + 1e-9) + 3e-11 * side
+    clear = matched & ~tied
+    assert np.array_equal(index[clear][:, 0], truth.argmin(-1)[clear])
+
+
+@given(large_views(), st.sampled_from(["lattice", "search"]))
+def test_large_grids_reach_what_brute_force_reaches(pair, method):
+    check_against_brute_force(*pair, method)
+
+
+@given(view_pairs("turn"), st.sampled_from(["lattice", "search"]))
+def test_quarter_turns_reach_what_brute_force_reaches(pair, method):
+    check_against_brute_force(*pair, method)
+
+
+@given(view_pairs("warp", padding=5.0))
+def test_search_reaches_what_brute_force_reaches_on_perspective(pair):
+    check_against_brute_force(*pair, "search")
+
+
+@given(view_pairs("warp", padding=5.0), st.data())
+def test_lattice_reaches_what_brute_force_reaches_for_perspective_students(pair, data):
+    """A student may be of any homography: only the teacher has to be a lattice."""
+    student, _ = pair
+    b = student.geometry.matrix.shape[0]
+    source = tuple(student.geometry.source_size[0].tolist())
+    grid, size = data.draw(grids(most=9))
+    teacher = Tokens(None, crops(data.draw, b, size, source, padding=9.0), grid)
+    check_against_brute_force(student, teacher, "lattice")
+    found = nearest_matches(student, teacher, max_distance=None)
+    searched = nearest_matches(student, teacher, max_distance=None, method="search")
+    torch.testing.assert_close(found.cost, searched.cost, rtol=1e-4, atol=1e-5)
 
 
 LIMITS = st.sampled_from([None, 0.3, 0.5, 2.0])
@@ -121,6 +204,19 @@ def test_exact_ties_go_to_the_lowest_index(method, flip):
         method=method,
     )
     assert matches.teacher_index.flatten().tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 7])
+@pytest.mark.parametrize("cols", [1, 3, 7, 11])
+def test_halves_that_the_inverse_rounds_are_ties_too(rows, cols):
+    """Every student token half way between teacher tokens, at places no float holds exactly."""
+    box = torch.tensor([[0.1, 0.7, 10.1, 20.7], [3.3, 1.9, 33.3, 51.9]])
+    geometry = from_box(box, (840, 840), (60, 60))
+    student = Tokens(None, geometry, TokenGrid.tiling(rows, cols, (840, 840)))
+    teacher = Tokens(None, geometry, TokenGrid.tiling(2 * rows, 2 * cols, (840, 840)))
+    found = nearest_matches(student, teacher, max_distance=None).teacher_index[..., 0]
+    first = [4 * r * cols + 2 * c for r in range(rows) for c in range(cols)]
+    assert found.tolist() == [first, first]
 
 
 @pytest.mark.parametrize("method", ["lattice", "search"])
@@ -234,6 +330,49 @@ def test_where_values_cannot_be_seen_nothing_wrong_is_matched():
     matches = compiled(tokens, tokens)
     assert matches.matched.all(1).tolist() == [True, False, False]
     assert matches.matched.any(1).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("entry", [0.0, 1e-30, 1e30, 1e150, torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("place", [(0, 0), (1, 2), (2, 0), (2, 2)])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_whatever_a_matrix_holds_indices_stay_in_range(entry, place, side):
+    """Where values cannot be seen nothing is refused; an index out of range would crash later."""
+    grid = TokenGrid.tiling(3, 5, (24, 40))
+    good = random_geometry(3)
+    good = good._replace(matrix=good.matrix.double())
+    matrix = good.matrix.clone()
+    matrix[1, *place] = entry
+    bad = good._replace(matrix=matrix)
+    pair = {"student": good, "teacher": good, side: bad}
+    compiled = torch.compile(nearest_matches, fullgraph=True, backend="eager")
+    tokens = [Tokens(None, pair[name], grid) for name in ("student", "teacher")]
+    found = compiled(*tokens, max_distance=None)
+    assert int(found.teacher_index.min()) >= 0
+    assert int(found.teacher_index.max()) < 15
+    assert not found.cost.isnan().any()
+    assert torch.equal(found.matched, found.cost.isfinite())
+    plain = nearest_matches(Tokens(None, good, grid), Tokens(None, good, grid), max_distance=None)
+    for image in (0, 2):  # the others are as they were
+        assert torch.equal(found.teacher_index[image], plain.teacher_index[image])
+        torch.testing.assert_close(found.cost[image], plain.cost[image], rtol=1e-6, atol=1e-9)
+
+
+def test_a_token_on_the_horizon_is_not_matched():
+    """Third coordinate and numerator 0 at once: 0/0 in the closed form."""
+    matrix = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0.5, 0, -1.0]]).repeat(2, 1, 1)
+    size = torch.full((2, 2), 4, dtype=torch.int32)
+    student = Tokens(
+        None, CropGeometry(matrix, size, size), TokenGrid(1, 4, (1.0, 1.0), (0.0, 0.0))
+    )
+    teacher = Tokens(
+        None,
+        from_box([[0.0, 0, 4, 4]] * 2, (4, 4), (4, 4)),
+        TokenGrid(2, 2, (2.0, 2.0), (2.0, 0.0)),
+    )
+    for method in ("lattice", "search"):
+        found = nearest_matches(student, teacher, max_distance=None, method=method)
+        assert not found.matched[:, 2].any()
+        assert int(found.teacher_index.min()) >= 0
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
