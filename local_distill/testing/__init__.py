@@ -7,32 +7,95 @@ One line makes all properties of a matcher pytest tests::
 
 from __future__ import annotations
 
-from local_distill.testing.check_matcher import (
+from typing import TYPE_CHECKING
+
+from local_distill._lazy import lazy_names
+from local_distill.errors import require_extra
+
+require_extra("hypothesis", "testing")
+
+from local_distill.testing.check_loss import (  # noqa: E402
+    check_loss,
+    loss_kind,
+    loss_properties,
+    loss_test,
+)
+from local_distill.testing.check_matcher import (  # noqa: E402
     check_matcher,
     matcher_kind,
     matcher_properties,
     matcher_test,
 )
-from local_distill.testing.matcher_properties import MatcherExample
-from local_distill.testing.properties import PropertyFailed
-from local_distill.testing.strategies import (
+from local_distill.testing.check_targets import (  # noqa: E402
+    check_targets,
+    targets_properties,
+    targets_test,
+)
+from local_distill.testing.loss_properties import LossExample  # noqa: E402
+from local_distill.testing.matcher_faults import (  # noqa: E402
+    FaultResult,
+    fault_table,
+    matcher_faults,
+)
+from local_distill.testing.matcher_properties import MatcherExample  # noqa: E402
+from local_distill.testing.properties import PropertyFailed  # noqa: E402
+from local_distill.testing.strategies import (  # noqa: E402
     crop_geometries,
     matches,
     token_grids,
     tokens,
     view_pairs,
 )
+from local_distill.testing.target_properties import TargetsExample  # noqa: E402
+
+if TYPE_CHECKING:
+    from local_distill.testing._transform_properties import TransformExample
+    from local_distill.testing.check_transform import (
+        check_transform,
+        transform_properties,
+        transform_test,
+    )
 
 __all__ = [
+    "FaultResult",
+    "LossExample",
     "MatcherExample",
     "PropertyFailed",
+    "TargetsExample",
+    "TransformExample",
+    "check_loss",
     "check_matcher",
+    "check_targets",
+    "check_transform",
     "crop_geometries",
+    "fault_table",
+    "loss_kind",
+    "loss_properties",
+    "loss_test",
+    "matcher_faults",
     "matcher_kind",
     "matcher_properties",
     "matcher_test",
     "matches",
+    "targets_properties",
+    "targets_test",
     "token_grids",
     "tokens",
+    "transform_properties",
+    "transform_test",
     "view_pairs",
 ]
+
+# These need the extra `vision` as well.
+_LAZY = {
+    "TransformExample": "local_distill.testing._transform_properties",
+    "check_transform": "local_distill.testing.check_transform",
+    "transform_properties": "local_distill.testing.check_transform",
+    "transform_test": "local_distill.testing.check_transform",
+}
+
+__getattr__ = lazy_names(__name__, _LAZY)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -44,7 +44,8 @@ def check_matcher(
     Raises:
         PropertyFailed: an AssertionError that names each property that fails, the smallest example
             found, and the lines that repeat it.
-        ConfigError: an unknown property, or a kind that the matcher does not serve.
+        ConfigError: an unknown property, kind or kind of views, or a matcher whose kind cannot be
+            found out.
 
     Example:
         >>> from local_distill import SimilarityMatcher
@@ -52,10 +53,12 @@ def check_matcher(
         ['a_view_matches_itself']
     """
     subject = _made(matcher)
+    known = kind or matcher_kind(subject)
     return check_properties(
         subject,
-        matcher_properties(kind or matcher_kind(subject), views),
+        matcher_properties(known, views),
         checker="check_matcher",
+        settings={"kind": known},
         names=properties,
         examples=examples,
         max_examples=max_examples,
@@ -110,8 +113,11 @@ def matcher_properties(kind: MatcherKind, views: ViewKind = "crop") -> list[Prop
         kind: ``"geometric"``, ``"similarity"`` or ``"both"``.
         views: the kind of views in their examples.
 
+    Returns:
+        One `Property` for each, in the order in which they are checked.
+
     Raises:
-        ConfigError: an unknown kind.
+        ConfigError: an unknown kind, or an unknown kind of views.
 
     Example:
         >>> len(matcher_properties("geometric")) >= 25
@@ -119,6 +125,8 @@ def matcher_properties(kind: MatcherKind, views: ViewKind = "crop") -> list[Prop
     """
     if kind not in ("geometric", "similarity", "both"):
         raise ConfigError(f'`kind` must be "geometric", "similarity" or "both", got {kind!r}')
+    if views not in get_args(ViewKind):
+        raise ConfigError(f"`views` must be one of {get_args(ViewKind)}, got {views!r}")
     return [
         Property(one.name, one.summary, one.check, one.examples(views), one.max_examples)
         for one in REGISTRY
@@ -129,8 +137,14 @@ def matcher_properties(kind: MatcherKind, views: ViewKind = "crop") -> list[Prop
 def matcher_kind(matcher: Matcher) -> MatcherKind:
     """Find out by trying what a matcher looks at: geometry, features or both.
 
+    Args:
+        matcher: what to try, on views of 2 × 3 tokens of two images.
+
+    Returns:
+        ``"geometric"``, ``"similarity"`` or ``"both"``: the first that it takes without an error.
+
     Raises:
-        ConfigError: it takes neither of them, nor both; the last error is the cause.
+        ConfigError: it takes none of them; the message has the three errors.
 
     Example:
         >>> from local_distill import NearestMatcher, SimilarityMatcher
@@ -146,19 +160,33 @@ def matcher_kind(matcher: Matcher) -> MatcherKind:
         "similarity": Tokens(features, None, None),
         "both": Tokens(features, geometry, grid),
     }
-    last: Exception | None = None
+    errors: dict[MatcherKind, Exception] = {}
     for kind, tokens in tries.items():
         try:
             matcher(tokens, tokens)
         except Exception as error:  # any error means that something is missing
-            last = error
+            errors[kind] = error
         else:
             return kind
+    said = "; ".join(f"{kind}: {type(e).__name__}: {e}" for kind, e in errors.items())
     raise ConfigError(
-        "the matcher serves neither tokens with geometry, nor with features, nor with both; "
-        f"the last error was {type(last).__name__}: {last}"
-    ) from last
+        f"`matcher` serves neither tokens with geometry (geometric), nor with features "
+        f"(similarity), nor with both: {said}. Where its kind is clear, give it as kind=..."
+    ) from errors["both"]
 
 
 def _made(matcher: Any) -> Any:
-    return matcher() if isinstance(matcher, type) else matcher
+    if not callable(matcher):
+        raise ConfigError(
+            "`matcher` must be a callable (student, teacher) -> Matches, or a class of such, got "
+            f"{matcher!r}"
+        )
+    if not isinstance(matcher, type):
+        return matcher
+    try:
+        return matcher()
+    except TypeError as error:
+        raise ConfigError(
+            f"`matcher` is the class {matcher.__name__}, which cannot be made without arguments "
+            f"({error}); give a made one: {matcher.__name__}(...)"
+        ) from error

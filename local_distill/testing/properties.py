@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
-from hypothesis.errors import UnsatisfiedAssumption
+import hypothesis
+from hypothesis import HealthCheck, Phase, given
+from hypothesis.errors import Flaky, UnsatisfiedAssumption
 from hypothesis.strategies import SearchStrategy
 
 from local_distill.errors import ConfigError, require_extra
@@ -36,7 +37,8 @@ class Property:
     Attributes:
         name: what to call it in ``xfail`` and on the command line.
         summary: one sentence, for the failure's message and the documentation.
-        check: called with the subject and an example; raises AssertionError where it is broken.
+        check: called with the subject and an example; raises AssertionError where it is broken, and
+            returns early from an example that it has nothing to say of.
         examples: hypothesis strategy of its examples, NamedTuples that `to_code` can print.
         max_examples: at most so many, for a slow one; None: as many as the caller asks for.
     """
@@ -53,6 +55,7 @@ def check_properties(
     properties: Sequence[Property],
     *,
     checker: str,
+    settings: Mapping[str, str] | None = None,
     names: Iterable[str] | None = None,
     examples: Iterable[Any] | None = None,
     max_examples: int = 20,
@@ -63,6 +66,7 @@ def check_properties(
         subject: what is tested.
         properties: those that apply to it.
         checker: the caller's name, for the snippet, such as ``"check_matcher"``.
+        settings: further arguments of the caller that the snippet has to give again.
         names: only these; all by default.
         examples: look at these instead of searching.
         max_examples: how many examples to try for each property.
@@ -76,10 +80,12 @@ def check_properties(
     """
     __tracebackhide__ = True
     chosen = _named(properties, names)
+    examples = None if examples is None else list(examples)  # each property looks at all of them
+    call = checker + "(subject" + "".join(f', {k}="{v}"' for k, v in (settings or {}).items())
     failures: list[tuple[str, PropertyFailed]] = []
     for one in chosen:
         try:
-            _check_one(subject, one, checker, examples, max_examples)
+            _check_one(subject, one, call, examples, max_examples)
         except PropertyFailed as failure:
             failures.append((one.name, failure))
     if len(failures) == 1:
@@ -144,9 +150,10 @@ def _named(properties: Sequence[Property], names: Iterable[str] | None) -> list[
 
 
 def _check_one(
-    subject: Any, one: Property, checker: str, examples: Iterable[Any] | None, max_examples: int
+    subject: Any, one: Property, call: str, examples: Iterable[Any] | None, max_examples: int
 ) -> None:
     __tracebackhide__ = True  # pytest then shows the message, not the search that led to it
+    failures: list[PropertyFailed] = []
 
     def run(example: Any) -> None:
         __tracebackhide__ = True
@@ -155,19 +162,22 @@ def _check_one(
         except UnsatisfiedAssumption:
             raise
         except Exception as error:
-            raise PropertyFailed(_message(subject, one, checker, example, error)) from error
+            failures.append(PropertyFailed(_message(subject, one, call, example, error)))
+            raise failures[-1] from error
 
     if examples is not None:
         for example in examples:
             run(example)
         return
-    search = settings(
+    search = hypothesis.settings(
         deadline=None,  # machines differ, and a timed check proves nothing
         database=None,  # its keys are made from `run`, which all properties share
         derandomize=True,  # what fails once fails again
         report_multiple_bugs=False,
         print_blob=False,
         suppress_health_check=list(HealthCheck),
+        # explanations go into the notes that are left out below, and take longer than the search
+        phases=[one for one in hypothesis.settings().phases if one != Phase.explain],
         max_examples=min(max_examples, one.max_examples or max_examples),
     )
     try:
@@ -176,9 +186,15 @@ def _check_one(
         # hypothesis adds a note with the example, which the message has in a form that can be run
         failure.__notes__ = []
         raise
+    except Flaky as error:
+        # the subject remembers, or draws at random: what failed was seen to hold as well
+        raise PropertyFailed(
+            f"{failures[-1]}\n\n    The same example held at another try: the outcome depends on "
+            "more than the example."
+        ) from error
 
 
-def _message(subject: Any, one: Property, checker: str, example: Any, error: Exception) -> str:
+def _message(subject: Any, one: Property, call: str, example: Any, error: Exception) -> str:
     said = str(error).strip() or type(error).__name__
     if not isinstance(error, AssertionError):
         where = traceback.extract_tb(error.__traceback__)[-1]
@@ -186,17 +202,18 @@ def _message(subject: Any, one: Property, checker: str, example: Any, error: Exc
     code = to_code(example)
     imports = ["CropGeometry", "Matches", "TeacherTargets", "TokenGrid", "Tokens", "ViewOutput"]
     used = [name for name in imports if f"{name}(" in code]
+    checker = call.partition("(")[0]
     lines = [
         "import torch",
         "from torch import inf, nan",
-        f"from local_distill import {', '.join(used)}" if used else "",
+        *([f"from local_distill import {', '.join(used)}"] if used else []),
         f"from local_distill.testing import {type(example).__name__}, {checker}",
         "",
         f"subject = ...  # {_short(subject)}",
         f"example = {code}",
-        f'{checker}(subject, properties=["{one.name}"], examples=[example])',
+        f'{call}, properties=["{one.name}"], examples=[example])',
     ]
-    snippet = textwrap.indent("\n".join(line for line in lines), "    ")
+    snippet = textwrap.indent("\n".join(lines), "    ")
     return (
         f"{one.name}: {one.summary}\nbroken by {_short(subject)}: {said}\nto repeat:\n\n{snippet}"
     )

@@ -13,7 +13,7 @@ def weight_table(matches: Matches, num_teacher_tokens: int) -> Tensor:
     """(b, s, t) float64: the weight that each teacher token has for each student token."""
     weight = matches.weight.detach().double()
     # where nothing is kept the index means nothing; a property of its own looks at its range
-    index = torch.where(weight > 0, matches.teacher_index, 0)
+    index = torch.where(weight != 0, matches.teacher_index, 0)
     table = weight.new_zeros(*weight.shape[:2], max(num_teacher_tokens, 1))
     return table.scatter_add(2, index, weight)[..., :num_teacher_tokens]
 

@@ -23,6 +23,25 @@ from local_distill.testing.matcher_properties._registry import (
 )
 from local_distill.testing.properties import ensure
 
+__all__ = [
+    "a_nan_geometry_is_refused_or_unmatched",
+    "bad_student_tokens_leave_others_alone",
+    "bad_teacher_tokens_leave_others_alone",
+    "batches_that_differ_are_refused",
+    "features_of_other_widths_are_refused",
+    "half_precision_geometry_is_refused",
+    "infinite_student_tokens_are_unmatched",
+    "infinite_teacher_tokens_capture_nothing",
+    "missing_inputs_are_refused",
+    "nan_student_tokens_are_unmatched",
+    "nan_teacher_tokens_capture_nothing",
+    "student_tokens_outside_the_source_are_unmatched",
+    "teacher_tokens_outside_the_source_capture_nothing",
+    "views_of_other_sources_are_refused",
+    "zero_student_tokens_are_unmatched",
+    "zero_teacher_tokens_capture_nothing",
+]
+
 
 @matcher_property(kinds=SIMILARITY)
 def nan_student_tokens_are_unmatched(matcher: Matcher, example: MatcherExample) -> None:
@@ -60,6 +79,33 @@ def zero_student_tokens_are_unmatched(matcher: Matcher, example: MatcherExample)
 def zero_teacher_tokens_capture_nothing(matcher: Matcher, example: MatcherExample) -> None:
     """A teacher token of zero norm is never a match (not for metrics of places)."""
     _bad_teacher(matcher, example, 0.0, whole=True)
+
+
+@matcher_property(kinds=("similarity",))
+def bad_student_tokens_leave_others_alone(matcher: Matcher, example: MatcherExample) -> None:
+    """A NaN student token added at the end changes nothing for the tokens of its image."""
+    student, teacher = (Tokens(parts(view)[0]) for view in example[:2])
+    weights, costs = run(matcher, _with_nan_token(student), teacher)
+    wanted = run(matcher, student, teacher)
+    what = "the image with a NaN student token"
+    ensure_same((weights[-1:, :-1], costs[-1:, :-1]), (wanted[0][-1:], wanted[1][-1:]), what)
+
+
+@matcher_property(kinds=("similarity",))
+def bad_teacher_tokens_leave_others_alone(matcher: Matcher, example: MatcherExample) -> None:
+    """A NaN teacher token added at the end changes nothing for student tokens without weight on it.
+
+    How much weight it gets is the business of `nan_teacher_tokens_capture_nothing`.
+    """
+    student, teacher = (Tokens(parts(view)[0]) for view in example[:2])
+    weights, costs = run(matcher, student, _with_nan_token(teacher))
+    wanted = run(matcher, student, teacher)
+    free = weights[-1, :, -1] == 0
+    ensure_same(
+        (weights[-1:, free, :-1], costs[-1:, free]),
+        (wanted[0][-1:, free], wanted[1][-1:, free]),
+        "the image with a NaN teacher token",
+    )
 
 
 @matcher_property(padding=25.0)
@@ -143,6 +189,14 @@ def views_of_other_sources_are_refused(matcher: Matcher, example: MatcherExample
     _, geometry, _ = parts(teacher)
     other = teacher._replace(geometry=geometry._replace(source_size=geometry.source_size + 1))
     _ensure_refused(matcher, student, other, "another source size")
+
+
+def _with_nan_token(view: Tokens) -> Tokens:
+    """One more token at the end: NaN in the last image, as the first token in the others."""
+    assert view.features is not None
+    more = view.features[:, :1].clone()
+    more[-1] = torch.nan
+    return Tokens(torch.cat((view.features, more), 1))
 
 
 def _spoilt(view: Tokens, value: float, seed: int, *, whole: bool) -> tuple[Tokens, int]:

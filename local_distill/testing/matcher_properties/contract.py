@@ -15,6 +15,23 @@ from local_distill.testing.matcher_properties._comparing import ensure_exact, en
 from local_distill.testing.matcher_properties._registry import MatcherExample, matcher_property
 from local_distill.testing.properties import ensure
 
+__all__ = [
+    "calls_do_not_remember",
+    "copies_work_alike",
+    "cost_is_infinite_where_nothing_matched",
+    "indices_are_in_range",
+    "inference_mode_works",
+    "inputs_are_left_alone",
+    "layout_does_not_matter",
+    "match_views_agrees_with_single_calls",
+    "new_tensors_follow_the_inputs_device",
+    "no_gradient_flows",
+    "returns_matches_of_fitting_shapes",
+    "the_same_call_gives_the_same",
+    "weights_and_costs_are_at_least_float32",
+    "weights_are_shares",
+]
+
 
 @matcher_property()
 def returns_matches_of_fitting_shapes(matcher: Matcher, example: MatcherExample) -> None:

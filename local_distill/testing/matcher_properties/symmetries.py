@@ -25,6 +25,27 @@ from local_distill.testing.matcher_properties._registry import (
 )
 from local_distill.testing.properties import ensure
 
+__all__ = [
+    "a_view_matches_itself",
+    "features_do_not_matter",
+    "features_may_be_rotated",
+    "features_may_be_scaled",
+    "geometry_does_not_matter",
+    "student_tokens_may_be_permuted",
+    "teacher_tokens_may_be_permuted",
+    "the_source_may_be_enlarged",
+    "the_source_may_be_mirrored",
+    "the_source_may_be_shifted",
+    "the_source_may_be_transposed",
+    "the_student_view_may_be_flipped",
+    "the_teacher_view_may_be_flipped",
+    "the_views_may_be_transposed",
+    "the_views_resolution_does_not_matter",
+    "ties_go_to_the_lowest_index",
+    "ties_of_places_go_to_the_lowest_index",
+    "views_far_apart_do_not_match",
+]
+
 
 @matcher_property(kinds=("similarity",))
 def student_tokens_may_be_permuted(matcher: Matcher, example: MatcherExample) -> None:
@@ -83,11 +104,12 @@ def the_views_may_be_transposed(matcher: Matcher, example: MatcherExample) -> No
 
 @matcher_property()
 def a_view_matches_itself(matcher: Matcher, example: MatcherExample) -> None:
-    """Between a view and itself each token's heaviest candidate is itself."""
+    """Between a view and itself tokens match, and each one's heaviest candidate is itself."""
     view = example.student
     weights, _ = run(matcher, view, view)
     matched = weights.sum(-1) > 0
-    ensure(bool(matched.any()) or view.num_tokens == 0, "no token of a view matches the view")
+    # of a single token, grids_of_one_token_are_served says so
+    ensure(bool(matched.any()) or view.num_tokens <= 1, "no token of a view matches the view")
     own = weights.diagonal(dim1=1, dim2=2)
     best = weights.amax(-1)
     worse = matched & (own < best - 1e-5)
@@ -187,6 +209,8 @@ def features_do_not_matter(matcher: Matcher, example: MatcherExample) -> None:
     wanted = run(matcher, student, teacher)
     none = [with_features(view, None) for view in (student, teacher)]
     ensure_same(run(matcher, *none), wanted, "without features")
+    other = [with_features(view, 3.0 - parts(view)[0].flip(1)) for view in (student, teacher)]
+    ensure_same(run(matcher, *other), wanted, "with other features")
     nan = [with_features(v, torch.full_like(parts(v)[0], torch.nan)) for v in (student, teacher)]
     ensure_same(run(matcher, *nan), wanted, "with NaN features")
 
@@ -204,12 +228,13 @@ def geometry_does_not_matter(matcher: Matcher, example: MatcherExample) -> None:
 @matcher_property(kinds=("similarity",))
 def ties_go_to_the_lowest_index(matcher: Matcher, example: MatcherExample) -> None:
     """Of teacher tokens with equal features, a later one never weighs more than the first."""
-    student, teacher = (_features_only(view) for view in example[:2])
-    assert teacher.features is not None
-    twice = Tokens(torch.cat((teacher.features, teacher.features), 1))
-    weights, _ = run(matcher, student, twice)
-    t = teacher.num_tokens
-    more = weights[..., t:] - weights[..., :t]
+    features, _, _ = parts(example.student)
+    b, _, d = features.shape
+    # Unit vectors, each way round: their length, mean and products are exact in any order of sums.
+    axis = torch.eye(d, dtype=features.dtype)
+    axes = torch.cat((axis, -axis)).expand(b, -1, -1)
+    weights, _ = run(matcher, Tokens(features), Tokens(torch.cat((axes, axes), 1)))
+    more = weights[..., 2 * d :] - weights[..., : 2 * d]
     ensure(float(more.max()) <= 1e-6, f"a copy weighs {float(more.max()):.6g} more than the first")
 
 
