@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from local_distill.kernels.byte_budget import block_length, byte_budget
+from local_distill.kernels.log_sinkhorn import log_sinkhorn, log_uniform
 
-__all__ = ["block_length", "byte_budget"]
+__all__ = ["block_length", "byte_budget", "log_sinkhorn", "log_uniform"]
