@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import types
 from pathlib import Path
 
 DOCS = Path(__file__).parent
@@ -16,9 +17,11 @@ def code_blocks(page: Path) -> list[str]:
 
 def run(page: Path) -> None:
     """Execute the page's blocks in one namespace, in the current directory."""
-    names: dict[str, object] = {"__name__": "__page__"}
+    # a module like any other, so that what the page defines can be pickled
+    module = types.ModuleType("__page__")
+    sys.modules[module.__name__] = module
     for number, block in enumerate(code_blocks(page), 1):
-        exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+        exec(compile(block, f"{page.name}, block {number}", "exec"), module.__dict__)
 
 
 if __name__ == "__main__":
