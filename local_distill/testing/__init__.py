@@ -50,7 +50,7 @@ from local_distill.testing.target_properties import TargetsExample  # noqa: E402
 
 if TYPE_CHECKING:
     from local_distill.testing._transform_properties import TransformExample
-    from local_distill.testing.check_transform import (
+    from local_distill.testing.transform_kit import (
         check_transform,
         transform_properties,
         transform_test,
@@ -86,12 +86,13 @@ __all__ = [
     "view_pairs",
 ]
 
-# These need the extra `vision` as well.
+# These need the extra `vision` as well. Their home must not be called as one of them is: once it is
+# imported, the package's attribute of that name would be the module.
 _LAZY = {
     "TransformExample": "local_distill.testing._transform_properties",
-    "check_transform": "local_distill.testing.check_transform",
-    "transform_properties": "local_distill.testing.check_transform",
-    "transform_test": "local_distill.testing.check_transform",
+    "check_transform": "local_distill.testing.transform_kit",
+    "transform_properties": "local_distill.testing.transform_kit",
+    "transform_test": "local_distill.testing.transform_kit",
 }
 
 __getattr__ = lazy_names(__name__, _LAZY)

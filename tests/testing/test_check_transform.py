@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from local_distill import ConfigError, MultiCrop, MultiView, track
 from local_distill.testing import PropertyFailed, check_transform
 from local_distill.testing._transform_properties import TransformExample
-from local_distill.testing.check_transform import transform_properties, transform_test
+from local_distill.testing.transform_kit import transform_properties, transform_test
 
 SIZES = [(120, 150), (160, 110)]
 CROP = v2.RandomResizedCrop(32, scale=(0.3, 1.0))
