@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from local_distill._check import Axes, values_visible
-from local_distill.errors import GeometryError, ShapeError
-from local_distill.geometry import check_geometry, check_geometry_shapes, grid_fits
+from local_distill._geometric_inputs import view_geometry
+from local_distill.errors import GeometryError
+from local_distill.geometry import check_geometry, grid_fits
 from local_distill.structures import CropGeometry, TokenGrid, Tokens
 
 Pair = tuple[int, int]
@@ -100,7 +101,7 @@ def stack_views(
     for side, (word, views) in enumerate((("student", student), ("teacher", teacher))):
         for view in sorted({pair[side] for pair in pairs}):
             name = _name(word, view, numbered)
-            geometry, grid = _checked(name, views[view], axes)
+            geometry, grid = view_geometry(name, views[view], axes)
             number = _of_grid(gathered, grid)
             places[side][view] = (number, gathered[number].place(name, geometry))
     geometries = [geometry for same in gathered for geometry in same.geometries]
@@ -120,26 +121,6 @@ def _of_grid(gathered: list[_Views], grid: TokenGrid) -> int:
             return number
     gathered.append(_Views(grid))
     return len(gathered) - 1
-
-
-def _checked(name: str, tokens: Tokens, axes: Axes) -> tuple[CropGeometry, TokenGrid]:
-    """The geometry and grid of a view, whose shapes are checked but not yet the values."""
-    geometry, grid = tokens.geometry, tokens.grid
-    if geometry is None or grid is None:
-        missing = "geometry" if geometry is None else "grid"
-        raise ShapeError(
-            f"`{name}` has no {missing}, which a geometric matcher needs: "
-            "Tokens(features, geometry, grid)"
-        )
-    check_geometry_shapes(f"{name}.geometry", geometry, grid)
-    axes.bind(f"{name}.geometry.matrix", geometry.matrix, "b 3 3")
-    if tokens.features is not None and tokens.features.shape[1] != grid.num_tokens:
-        raise ShapeError(
-            f"`{name}.features` holds {tokens.features.shape[1]} tokens (shape "
-            f"{tuple(tokens.features.shape)}) but its grid has {grid.rows} × {grid.cols} = "
-            f"{grid.num_tokens}; drop class and register tokens"
-        )
-    return geometry, grid
 
 
 def refuse_bad_values(views: StackedViews, sound: Tensor) -> None:
