@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +17,7 @@ from local_distill._check import (
     check_positive,
     check_sequence,
 )
-from local_distill._precision import at_least_float32
+from local_distill._precision import at_least_float32, undo_half_precision
 from local_distill.distributed import all_reduce_sum
 from local_distill.errors import ShapeError
 from local_distill.structures import TeacherTargets
@@ -202,8 +201,5 @@ class Centering(nn.Module):
         # the network around it, not this state.
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new: Any = getattr(self, name)
-            if new.dtype in (torch.float16, torch.bfloat16):
-                setattr(self, name, old.to(new.device))
+        undo_half_precision(self, before)
         return self

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from local_distill._check import Axes, check_at_least
+from local_distill._precision import undo_half_precision
 from local_distill.distributed import all_gather_rows
 from local_distill.errors import ConfigError, ShapeError
 from local_distill.matching._inputs import FeatureSide, feature_inputs
@@ -254,10 +255,7 @@ class CrossImageQueue(nn.Module):
         # change the network around the queue, not the queue.
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new: Any = getattr(self, name)
-            if new.dtype in (torch.float16, torch.bfloat16):
-                setattr(self, name, old.to(new.device))
+        undo_half_precision(self, before)
         return self
 
 
