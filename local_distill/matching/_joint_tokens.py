@@ -15,7 +15,7 @@ from local_distill.errors import ConfigError, ShapeError
 from local_distill.geometry import wide_centers
 from local_distill.kernels.log_sinkhorn import log_sinkhorn
 from local_distill.matching._inputs import feature_inputs
-from local_distill.matching._unit_features import unit_features
+from local_distill.matching._unit_features import unit_side
 from local_distill.matching.clusters import Clusters
 from local_distill.structures import Tokens
 
@@ -32,13 +32,9 @@ class JointTokens(NamedTuple):
 
     @classmethod
     def of(cls, student: Tokens, teacher: Tokens, position_weight: float) -> JointTokens:
-        sides = feature_inputs(student, teacher)
-        units, valids = zip(*(unit_features(side.features) for side in sides), strict=True)
-        insides = (
-            valid if side.inside is None else valid & side.inside
-            for side, valid in zip(sides, valids, strict=True)
-        )
-        valid = torch.cat(tuple(insides), 1)
+        sides = (unit_side(side) for side in feature_inputs(student, teacher))
+        units, valids = zip(*sides, strict=True)
+        valid = torch.cat(valids, 1)
         positions = None
         if position_weight > 0:
             s_geometry, s_grid, t_geometry, t_grid = geometric_inputs(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from local_distill.matching._inputs import FeatureSide
+
 
 def unit_features(features: Tensor) -> tuple[Tensor, Tensor]:
     """Features (…, d) of length 1, and (…) bool: which have a direction at all.
@@ -19,3 +21,14 @@ def unit_features(features: Tensor) -> tuple[Tensor, Tensor]:
     scaled = torch.where(valid, features / largest, 0.0)
     length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
     return torch.where(valid, scaled / length, 0.0), valid[..., 0]
+
+
+def unit_side(side: FeatureSide, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """`unit_features` of one side, (b, n, d), and which of its tokens may be matched, (b, n).
+
+    Args:
+        side: features, and where known which tokens lie inside the source.
+        dtype: what to work in; None: the features' own.
+    """
+    units, valid = unit_features(side.features if dtype is None else side.features.to(dtype))
+    return units, valid if side.inside is None else valid & side.inside

@@ -16,7 +16,7 @@ from local_distill.errors import ConfigError, ShapeError
 from local_distill.matching._inputs import FeatureSide, feature_inputs
 from local_distill.matching._queue_search import leads_home, nearest_rows
 from local_distill.matching._results import hard_matches, no_matches
-from local_distill.matching._unit_features import unit_features
+from local_distill.matching._unit_features import unit_features, unit_side
 from local_distill.structures import Matches, Tokens
 
 __all__ = ["CrossImageQueue"]
@@ -150,8 +150,8 @@ class CrossImageQueue(nn.Module):
             raise ConfigError(f"`view` must be 0 or 1, got {view!r}")
         own, other = self._sides(student, teacher, image_id)
         dtype = torch.promote_types(own.features.dtype, self.features.dtype)
-        x, x_valid = _units(own, dtype)
-        y, y_valid = _units(other, dtype)
+        x, x_valid = unit_side(own, dtype)
+        y, y_valid = unit_side(other, dtype)
         b, n, _ = x.shape
         if b == 0 or n == 0:
             return no_matches(b, n, 1, x)
@@ -257,11 +257,6 @@ class CrossImageQueue(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         undo_half_precision(self, before)
         return self
-
-
-def _units(side: FeatureSide, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    units, valid = unit_features(side.features.to(dtype))
-    return units, valid if side.inside is None else valid & side.inside
 
 
 def _opposite(view: Literal[0, 1]) -> Literal[0, 1]:

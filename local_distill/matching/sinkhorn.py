@@ -16,7 +16,7 @@ from local_distill.kernels import block_length
 from local_distill.kernels.log_sinkhorn import log_sinkhorn, log_uniform
 from local_distill.matching._inputs import feature_inputs
 from local_distill.matching._results import dense_matches, no_matches
-from local_distill.matching._unit_features import unit_features
+from local_distill.matching._unit_features import unit_side
 from local_distill.structures import Matches, Tokens
 
 __all__ = ["SinkhornMatcher", "sinkhorn_matches"]
@@ -83,17 +83,13 @@ def sinkhorn_matches(
     the rows, not the columns.
     """
     epsilon, distance_weight = _check_settings(epsilon, iterations, distance_weight)
-    (f, f_inside), (g, g_inside) = feature_inputs(student, teacher)
+    one, two = feature_inputs(student, teacher)
     places = _places(student, teacher) if distance_weight > 0 else None
-    (b, s, _), t = f.shape, g.shape[1]
+    (b, s, _), t = one.features.shape, two.features.shape[1]
     if b == 0 or s == 0 or t == 0:
-        return no_matches(b, s, t, f)
-    f, f_valid = unit_features(f)
-    g, g_valid = unit_features(g)
-    if f_inside is not None:
-        f_valid = f_valid & f_inside
-    if g_inside is not None:
-        g_valid = g_valid & g_inside
+        return no_matches(b, s, t, one.features)
+    f, f_valid = unit_side(one)
+    g, g_valid = unit_side(two)
     weights, costs = [], []
     tables = _TABLES if places is None else _TABLES_WITH_DISTANCE
     block = block_length(s * t * f.element_size() * tables, f.device)
