@@ -34,6 +34,7 @@ __all__ = [
     "lattice_teachers",
     "nearest_on_lattice",
     "placed_tokens",
+    "snapping_origin",
 ]
 
 # Cell axes count as orthogonal up to this cosine: float32 rounding of a rotation's entries is 1e-7.
@@ -237,6 +238,17 @@ def nearest_on_lattice(
     ]
 
 
+def snapping_origin(dtype: torch.dtype) -> float:
+    """The number to add to token coordinates so that rounding errors fall away.
+
+    What is far below a pixel but far above the rounding errors of the matrices' inverse and product
+    is lost in the sum: 2⁻³⁶ of a cell in float64. A centre that lies on a token's, or half way
+    between two, then does so exactly: no cost where there is no distance, and ties go to the lowest
+    index.
+    """
+    return 1.5 * 2.0 ** (16 if dtype == torch.float64 else 8)
+
+
 def _nearest_of_block(
     students: LatticeStudents,
     teachers: LatticeTeachers,
@@ -254,11 +266,8 @@ def _nearest_of_block(
     places = places.reshape(3, *composed.shape[:2], students.points.shape[1])
     # At or beyond the horizon, which is outside the source; no 0/0 then.
     third = places[2].clamp_min_(torch.finfo(places.dtype).tiny)
-    # Where this number is added, what is far below a pixel but far above the rounding errors of the
-    # matrices' inverse and product falls away: 2⁻³⁶ of a cell in float64. A centre that lies on a
-    # token's, or half way between two, then does so exactly: no cost where there is no distance,
-    # and ties go to the lowest index. From here on all places are counted from it.
-    origin = 1.5 * 2.0 ** (16 if places.dtype == torch.float64 else 8)
+    # From here on all places are counted from it.
+    origin = snapping_origin(places.dtype)
     places = places[:2].div_(third).add_(origin)
     nearest = places.sub(0.5).ceil_().clamp_min_(first + origin).clamp_max_(last + origin)
     x, y = places.sub_(nearest).mul_(length)

@@ -17,6 +17,7 @@ from local_distill._check import (
 from local_distill._precision import widest
 from local_distill.errors import ConfigError, GeometryError
 from local_distill.geometry import sound_matrix
+from local_distill.kernels.aligned_lattice import aligned_pairs, aligned_views, are_aligned
 from local_distill.kernels.lattice import (
     LatticeStudents,
     LatticeTeachers,
@@ -210,10 +211,12 @@ def _matches_of_pairs(
     # Worked out in the widest type, and cut off from the graph.
     geometry = views.geometry._replace(matrix=widest(views.geometry.matrix.detach()))
     full = [group for group in views.groups if min(_num_tokens(views, group)) > 0]
-    if method == "lattice":
-        found = _on_lattice(views, geometry, full)
-    else:
+    if method == "search":
         found = _by_search(views, geometry, full)
+    elif full and values_visible(*geometry) and are_aligned(geometry.matrix):
+        found = _on_aligned_lattice(views, geometry, full)
+    else:
+        found = _on_lattice(views, geometry, full)
     # Infinity is no cost of a match.
     limit = torch.inf if max_distance is None else max_distance
     results: dict[Pair, Matches] = {}
@@ -267,6 +270,29 @@ def _on_lattice(
         lattices, grid = teachers[group.teachers], views.stacks[group.teachers].grid
         _refuse_unserved(lattices, group)
         found.append(nearest_on_lattice(students[group.students], lattices, group.slots, grid))
+    return found
+
+
+def _on_aligned_lattice(
+    views: StackedViews, geometry: CropGeometry, groups: Sequence[StackedPairs]
+) -> list[Found]:
+    """As `_on_lattice`, where all views are crops and flips: a row and a column at a time."""
+    matrix, _, source_size = geometry
+    refuse_bad_values(views, matrix.new_ones(matrix.shape[:2], dtype=torch.bool))
+    starts = [stack.start for stack in views.stacks]
+    slots = [
+        (starts[group.students] + v, starts[group.teachers] + q)
+        for group in groups
+        for v, q in group.slots
+    ]
+    pairs = aligned_pairs(aligned_views(matrix, source_size, views.grids), slots)
+    found = []
+    start = 0
+    for group in groups:
+        stop = start + len(group.slots)
+        grids = (views.stacks[side].grid for side in (group.students, group.teachers))
+        found.append(pairs.blocks(start, stop, *grids))
+        start = stop
     return found
 
 
