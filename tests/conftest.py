@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -17,3 +18,8 @@ settings.register_profile(
 )
 settings.load_profile("local_distill")
 torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What a test draws must not depend on which tests ran before it in the same process."""
+    torch.manual_seed(0)

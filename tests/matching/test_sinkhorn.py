@@ -229,8 +229,9 @@ def test_no_gradient_and_inputs_are_left_alone():
     assert torch.equal(sinkhorn_matches(*frozen).weight, matches.weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(sinkhorn_matches(Tokens(f), Tokens(h)).weight, matches.weight)
+    # close, not equal: sums along another axis of memory add up in another order
     wide = torch.randn(3, 4, 2).transpose(0, 2)
-    assert torch.equal(
+    torch.testing.assert_close(
         sinkhorn_matches(Tokens(wide), Tokens(wide)).weight,
         sinkhorn_matches(Tokens(wide.contiguous()), Tokens(wide.contiguous())).weight,
     )
