@@ -1,13 +1,11 @@
 """The four teacher tokens around the centre, against plain loops and against grid_sample."""
 
 import copy
-import itertools
 import math
 import pickle
 
 import pytest
 import torch
-from helpers import oracles
 from helpers.strategies import random_geometry, similar_pairs, view_pairs
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +20,7 @@ from local_distill import (
     from_matrix,
 )
 from local_distill.matching.bilinear import BilinearMatcher, bilinear_matches
+from local_distill.testing import oracles
 
 ANY_PAIR = st.one_of(
     view_pairs("crop", padding=12.0),
@@ -48,51 +47,6 @@ def table(matches, t):
     return matches.weight.new_zeros(b, s, t).scatter_add(2, matches.teacher_index, matches.weight)
 
 
-def in_the_view(geometry, image, point):
-    """A source point in view pixels, by Cramer's rule; None beyond the horizon."""
-    (a, b, c), (d, e, f), (g, h, i) = geometry.matrix[image].double().tolist()
-    x, y = point
-    # u·(a − x·g) + v·(b − x·h) = x·i − c, and the like for y
-    one, two = (a - x * g, b - x * h, x * i - c), (d - y * g, e - y * h, y * i - f)
-    bottom = one[0] * two[1] - one[1] * two[0]
-    u = (one[2] * two[1] - one[1] * two[2]) / bottom
-    v = (one[0] * two[2] - one[2] * two[0]) / bottom
-    return (u, v) if g * u + h * v + i > 0 else None
-
-
-def expected(student, teacher, image):
-    """[s][t] weights, and [s] costs."""
-    size = teacher.geometry.source_size[image].tolist()
-    s_cells, t_cells = (
-        list(itertools.product(range(side.grid.rows), range(side.grid.cols)))
-        for side in (student, teacher)
-    )
-    (x_step, y_step), (x_first, y_first) = teacher.grid.stride, teacher.grid.offset
-    all_weights, costs = [], []
-    for s_cell in s_cells:
-        p = oracles.center(student.geometry, student.grid, image, *s_cell)
-        place = None
-        if oracles.is_inside(p, size):
-            place = in_the_view(teacher.geometry, image, p)
-        weights, total = [], 0.0
-        for row, col in t_cells:
-            q = oracles.center(teacher.geometry, teacher.grid, image, row, col)
-            weight = 0.0
-            if place is not None and oracles.is_inside(q, size):
-                u, v = (place[0] - x_first) / x_step, (place[1] - y_first) / y_step
-                weight = max(0.0, 1 - abs(u - col)) * max(0.0, 1 - abs(v - row))
-            if weight > 0:
-                wide = max(
-                    oracles.diagonal(student.geometry, student.grid, image, *s_cell),
-                    oracles.diagonal(teacher.geometry, teacher.grid, image, row, col),
-                )
-                total += weight * math.hypot(p[0] - q[0], p[1] - q[1]) / wide
-            weights.append(weight)
-        all_weights.append(weights)
-        costs.append(total / sum(weights) if sum(weights) > 0 else math.inf)
-    return all_weights, costs
-
-
 @given(ANY_PAIR)
 def test_weights_and_costs_are_those_of_the_loops(pair):
     student, teacher = pair
@@ -103,13 +57,14 @@ def test_weights_and_costs_are_those_of_the_loops(pair):
     assert bool((matches.weight >= 0).all())
     assert float(matches.mass.max()) <= 1 + 1e-6
     found = table(matches, t)
-    for image in range(found.shape[0]):
-        weights, costs = expected(student, teacher, image)
-        torch.testing.assert_close(found[image], torch.tensor(weights), rtol=0, atol=1e-6)
-        for i, cost in enumerate(costs):
-            mass = sum(weights[i])
+    for image, tokens in enumerate(oracles.bilinear_corners(student, teacher)):
+        weights = torch.tensor([corners.row(t) for corners in tokens])
+        torch.testing.assert_close(found[image], weights, rtol=0, atol=1e-6)
+        for i, corners in enumerate(tokens):
+            mass = sum(corners.weights.values())
             if mass > 1e-6:
-                assert float(matches.cost[image, i]) == pytest.approx(cost, rel=1e-4, abs=1e-5)
+                cost = float(matches.cost[image, i])
+                assert cost == pytest.approx(corners.cost, rel=1e-4, abs=1e-5)
             elif mass == 0:
                 assert float(matches.cost[image, i]) == math.inf
     assert torch.equal(matches.matched, matches.cost.isfinite())
@@ -199,9 +154,9 @@ def test_grids_of_one_row_or_column(rows, cols):
     assert int(matches.teacher_index.max()) < rows * cols
     assert bool(matches.matched.any())
     found = table(matches, rows * cols)
-    for image in range(2):
-        weights, _ = expected(student, teacher, image)
-        torch.testing.assert_close(found[image], torch.tensor(weights), rtol=0, atol=1e-6)
+    for image, tokens in enumerate(oracles.bilinear_corners(student, teacher)):
+        weights = torch.tensor([corners.row(rows * cols) for corners in tokens])
+        torch.testing.assert_close(found[image], weights, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("side", [4096, 65535])
@@ -314,22 +269,6 @@ def test_a_bad_image_that_cannot_be_seen_stays_unmatched():
         assert matches.matched.all(1).tolist() == [True, False, False]
         assert matches.matched.any(1).tolist() == [True, False, False]
         assert not any(part.isnan().any() for part in matches)
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_to_one_graph_over_changing_crops(backend):
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(BilinearMatcher(), fullgraph=True, backend=counter)
-    small = TokenGrid.tiling(2, 2, (16, 16))
-    for seed in range(10):
-        student = Tokens(None, random_geometry(2, (16, 16), seed=seed), small)
-        teacher = Tokens(None, random_geometry(2, (24, 40), seed=seed + 50), GRID)
-        found, plain = compiled(student, teacher), bilinear_matches(student, teacher)
-        torch.testing.assert_close(found.weight, plain.weight)
-        torch.testing.assert_close(found.cost, plain.cost)
-    assert counter.frame_count <= 2
 
 
 def test_vmap():

@@ -37,7 +37,8 @@ def test_the_page_has_all_matchers():
     assert list(PAGE) == list(make_faults.MATCHERS)
 
 
-@pytest.mark.parametrize("name", make_faults.MATCHERS)
+# Clipping takes half a minute for its column; the page has it, and test_overlap.py its answers.
+@pytest.mark.parametrize("name", [name for name in make_faults.MATCHERS if "clip" not in name])
 def test_a_matchers_column_is_true_and_nothing_in_it_is_wrong(name):
     results = matcher_faults(
         make_faults.MATCHERS[name],

@@ -5,16 +5,8 @@ import pickle
 
 import pytest
 import torch
+from helpers.check_clusters import check_clusters
 from helpers.strategies import random_geometry, view_pairs
-from helpers.transport_oracle import (
-    check_clusters,
-    dot,
-    hard_shares,
-    joint_tokens,
-    transport_plans,
-    unit,
-    weighted_mean,
-)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -24,6 +16,14 @@ from local_distill import CropGeometry, Matches, ShapeError, TokenGrid, Tokens, 
 from local_distill.errors import ConfigError, GeometryError
 from local_distill.matching.clusters import Clusters
 from local_distill.matching.joint_clusters import JointClusters
+from local_distill.testing.oracles import (
+    cluster_plans,
+    dot,
+    hard_shares,
+    joint_tokens,
+    unit_vector,
+    weighted_mean,
+)
 
 
 def softmax(values, valid, temp):
@@ -55,11 +55,17 @@ def truth(student, teacher, initial, scores, joint):
             [[0.0 if q is None else math.dist(p, q) for q in places[i]] for p in points[i]]
             for i in range(len(units))
         ]
-        weight = joint.position_weight
-        plans, costs = transport_plans(
-            units, [[c and unit(c) for c in row] for row in centroids], distances, rows, cols,
-            weight, joint.epsilon, joint.sinkhorn_iterations, joint.cost_scale,
-        )  # fmt: skip
+        plans, costs = cluster_plans(
+            units,
+            [[c and (unit_vector(c) or c) for c in row] for row in centroids],
+            distances,
+            rows,
+            cols,
+            position_weight=joint.position_weight,
+            epsilon=joint.epsilon,
+            iterations=joint.sinkhorn_iterations,
+            cost_scale=joint.cost_scale,
+        )
         levels.append((count, plans, costs))
         for i, plan in enumerate(plans):
             plan = merged(plan, units[i])
@@ -73,7 +79,8 @@ def truth(student, teacher, initial, scores, joint):
         kept = [level for level in levels if level[0] <= joint.max_clusters]
         best = min(kept, key=lambda level: level[2][i])
         plan = [row + [0.0] * (joint.max_clusters - len(row)) for row in best[1][i]]
-        result.append((hard_shares(plan, 0, s, True), hard_shares(plan, s, len(plan), True)))
+        bounds = ((0, s), (s, len(plan)))
+        result.append(tuple(hard_shares(plan, *bound, by_share=True) for bound in bounds))
     return result
 
 
@@ -431,11 +438,10 @@ def test_runs_where_no_value_can_be_read():
     assert pooled.shape == (2, 4, 4)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_once_for_changing_crops(backend):
+def test_compiles_once_for_changing_crops():
     torch._dynamo.reset()
     joint = JointClusters(3, 2, sinkhorn_iterations=1)
-    counter = CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(joint, fullgraph=True, backend=counter)
     initial = torch.tensor([[0, 5, 8], [2, 9, 3]])
     for step in range(10):

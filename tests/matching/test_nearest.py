@@ -375,24 +375,6 @@ def test_a_token_on_the_horizon_is_not_matched():
         assert int(found.teacher_index.min()) >= 0
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("method", ["lattice", "search"])
-def test_compiles_to_one_graph_over_changing_crops(backend, method):
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    grid, small = TokenGrid.tiling(3, 5, (24, 40)), TokenGrid.tiling(2, 2, (16, 16))
-    counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(NearestMatcher(method=method), fullgraph=True, backend=counter)
-    for seed in range(10):
-        student = Tokens(None, random_geometry(2, (16, 16), seed=seed), small)
-        teacher = Tokens(None, random_geometry(2, (24, 40), seed=seed + 50), grid)
-        found = compiled(student, teacher)
-        plain = nearest_matches(student, teacher, method=method)
-        assert torch.equal(found.matched, plain.matched)
-        torch.testing.assert_close(found.cost, plain.cost, rtol=1e-4, atol=1e-5)
-    assert counter.frame_count <= 2
-
-
 def test_vmap():
     grid = TokenGrid.tiling(3, 5, (24, 40))
     geometry = CropGeometry(*(torch.stack([p, p.flip(0)]) for p in random_geometry(3)))

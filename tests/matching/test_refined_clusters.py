@@ -4,15 +4,8 @@ import pickle
 
 import pytest
 import torch
+from helpers.check_clusters import check_clusters
 from helpers.strategies import random_geometry, view_pairs
-from helpers.transport_oracle import (
-    check_clusters,
-    hard_shares,
-    joint_tokens,
-    transport_plans,
-    unit,
-    weighted_mean,
-)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -21,6 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from local_distill import CropGeometry, ShapeError, TokenGrid, Tokens, from_box
 from local_distill.errors import ConfigError
 from local_distill.matching.refined_clusters import RefinedJointClusters
+from local_distill.testing.oracles import (
+    cluster_plans,
+    hard_shares,
+    joint_tokens,
+    unit_vector,
+    weighted_mean,
+)
 
 
 def truth(student, teacher, initial, joint):
@@ -42,13 +42,20 @@ def truth(student, teacher, initial, joint):
             for there, cluster in zip(exists[i], clusters, strict=True):
                 mean = weighted_mean([float(n in cluster) for n in range(len(units[i]))], units[i])
                 zero = [0.0] * student.features.shape[2]
-                row.append(None if not there else zero if mean is None else unit(mean))
+                row.append((mean and unit_vector(mean)) or zero if there else None)
             centroids.append(row)
             distances.append(neighbours(points[i], units[i], clusters, exists[i]))
-        plans, _ = transport_plans(
-            units, centroids, distances, rows, cols, joint.position_weight,
-            joint.epsilon, joint.sinkhorn_iterations, joint.cost_scale,
-        )  # fmt: skip
+        plans, _ = cluster_plans(
+            units,
+            centroids,
+            distances,
+            rows,
+            cols,
+            position_weight=joint.position_weight,
+            epsilon=joint.epsilon,
+            iterations=joint.sinkhorn_iterations,
+            cost_scale=joint.cost_scale,
+        )
         for i, plan in enumerate(plans):
             members[i] = [[] for _ in range(k)]
             for n, row in enumerate(plan):
@@ -60,7 +67,8 @@ def truth(student, teacher, initial, joint):
                 ]
                 cols[i] = [count / max(sum(counts), 0.01) for count in counts]
     return [
-        (hard_shares(plan, 0, s, False), hard_shares(plan, s, len(plan), False)) for plan in plans
+        tuple(hard_shares(plan, *bound, by_share=False) for bound in ((0, s), (s, len(plan))))
+        for plan in plans
     ]
 
 
@@ -237,11 +245,10 @@ def test_runs_where_no_value_can_be_read():
     assert second.assignment.shape == (2, 9, 4)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_once_for_changing_crops(backend):
+def test_compiles_once_for_changing_crops():
     torch._dynamo.reset()
     joint = RefinedJointClusters(3, rounds=2, sinkhorn_iterations=1)
-    counter = CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(joint, fullgraph=True, backend=counter)
     initial = torch.tensor([[0, 5, 8], [2, 9, 3]])
     for step in range(10):

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from local_distill.structures import CropGeometry, TokenGrid
+from local_distill.errors import ShapeError
+from local_distill.structures import CropGeometry, TokenGrid, Tokens
 
-__all__ = ["cell_diagonal", "is_inside_source", "token_center"]
+__all__ = ["TokenPlace", "cell_diagonal", "is_inside_source", "token_center", "token_places"]
 
 Point = tuple[float, float]
 
 # Half the step of the differences, in cells: rounding and curvature both stay below 1e-6 of a cell.
 _STEP = 5e-4
+
+
+class TokenPlace(NamedTuple):
+    """Where a token lies in the source.
+
+    Attributes:
+        center: (x, y) in source pixels; NaN beyond the horizon of a perspective.
+        diagonal: of its cell, in source pixels.
+        inside: whether the centre lies in the source.
+    """
+
+    center: Point
+    diagonal: float
+    inside: bool
 
 
 def token_center(
@@ -85,3 +101,38 @@ def is_inside_source(point: Point, source_size: Sequence[int]) -> bool:
         (True, False)
     """
     return 0 <= point[0] <= source_size[1] and 0 <= point[1] <= source_size[0]
+
+
+def token_places(tokens: Tokens, image: int) -> list[TokenPlace]:
+    """The places of all tokens of one image, row by row.
+
+    Args:
+        tokens: with geometry (b) and grid.
+        image: which of the batch.
+
+    Raises:
+        ShapeError: no geometry or no grid.
+
+    Example:
+        >>> from local_distill import TokenGrid, Tokens, from_box
+        >>> crop = from_box([[-4.0, 0.0, 4.0, 3.0]], view_size=(16, 16), source_size=(20, 30))
+        >>> places = token_places(Tokens(None, crop, TokenGrid.tiling(1, 2, (16, 16))), 0)
+        >>> [(place.center, place.inside) for place in places]
+        [((-2.0, 1.5), False), ((2.0, 1.5), True)]
+    """
+    geometry, grid = geometry_and_grid(tokens)
+    size = geometry.source_size[image].tolist()
+    places = []
+    for row in range(grid.rows):
+        for col in range(grid.cols):
+            center = token_center(geometry, grid, image, row, col)
+            diagonal = cell_diagonal(geometry, grid, image, row, col)
+            places.append(TokenPlace(center, diagonal, is_inside_source(center, size)))
+    return places
+
+
+def geometry_and_grid(tokens: Tokens) -> tuple[CropGeometry, TokenGrid]:
+    """Both, or an error that says what is missing."""
+    if tokens.geometry is None or tokens.grid is None:
+        raise ShapeError("`Tokens` need `geometry` and `grid` here; give both")
+    return tokens.geometry, tokens.grid
