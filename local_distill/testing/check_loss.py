@@ -69,6 +69,7 @@ def loss_test(
     *,
     kind: LossKind | None = None,
     xfail: Mapping[str, str] | None = None,
+    exclude: Iterable[str] = (),
     max_examples: int = 20,
 ) -> Callable[[str], None]:
     """A pytest test of a loss, with one id for each property.
@@ -78,13 +79,14 @@ def loss_test(
         kind: see `check_loss`.
         xfail: ``{name: reason}`` of the properties that it is known not to keep. Strict: the test
             fails once it keeps them.
+        exclude: names of properties to leave out, such as one that takes too long here.
         max_examples: how many examples to try for each property.
 
     Returns:
         A test function. Assign it to a name that starts with ``test_``.
 
     Raises:
-        ConfigError: an unknown property in ``xfail``.
+        ConfigError: an unknown property in ``xfail`` or ``exclude``.
         MissingExtraError: pytest is not installed.
 
     Example:
@@ -97,7 +99,7 @@ def loss_test(
     def check(name: str) -> object:
         return check_loss(loss, kind=known, properties=[name], max_examples=max_examples)
 
-    return properties_test(loss, loss_properties(known), check, xfail=xfail or {})
+    return properties_test(loss, loss_properties(known), check, xfail=xfail or {}, exclude=exclude)
 
 
 def loss_properties(kind: LossKind) -> list[Property]:

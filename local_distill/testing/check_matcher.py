@@ -71,6 +71,7 @@ def matcher_test(
     kind: MatcherKind | None = None,
     views: ViewKind = "crop",
     xfail: Mapping[str, str] | None = None,
+    exclude: Iterable[str] = (),
     max_examples: int = 20,
 ) -> Callable[[str], None]:
     """A pytest test of a matcher, with one id for each property.
@@ -81,13 +82,14 @@ def matcher_test(
         views: see `check_matcher`.
         xfail: ``{name: reason}`` of the properties that it is known not to keep. Strict: the test
             fails once it keeps them.
+        exclude: names of properties to leave out, such as one that takes too long here.
         max_examples: how many examples to try for each property.
 
     Returns:
         A test function. Assign it to a name that starts with ``test_``.
 
     Raises:
-        ConfigError: an unknown property in ``xfail``.
+        ConfigError: an unknown property in ``xfail`` or ``exclude``.
         MissingExtraError: pytest is not installed.
 
     Example:
@@ -103,7 +105,9 @@ def matcher_test(
             subject, kind=known, views=views, properties=[name], max_examples=max_examples
         )
 
-    return properties_test(subject, matcher_properties(known, views), check, xfail=xfail or {})
+    return properties_test(
+        subject, matcher_properties(known, views), check, xfail=xfail or {}, exclude=exclude
+    )
 
 
 def matcher_properties(kind: MatcherKind, views: ViewKind = "crop") -> list[Property]:

@@ -58,6 +58,7 @@ def targets_test(
     targets: TargetsFactory,
     *,
     xfail: Mapping[str, str] | None = None,
+    exclude: Iterable[str] = (),
     max_examples: int = 20,
 ) -> Callable[[str], None]:
     """A pytest test of targets, with one id for each property.
@@ -66,13 +67,14 @@ def targets_test(
         targets: see `check_targets`.
         xfail: ``{name: reason}`` of the properties that they are known not to keep. Strict: the
             test fails once they keep them.
+        exclude: names of properties to leave out, such as one that takes too long here.
         max_examples: how many examples to try for each property.
 
     Returns:
         A test function. Assign it to a name that starts with ``test_``.
 
     Raises:
-        ConfigError: an unknown property in ``xfail``.
+        ConfigError: an unknown property in ``xfail`` or ``exclude``.
         MissingExtraError: pytest is not installed.
 
     Example:
@@ -85,7 +87,7 @@ def targets_test(
     def check(name: str) -> object:
         return check_targets(targets, properties=[name], max_examples=max_examples)
 
-    return properties_test(targets, targets_properties(), check, xfail=xfail or {})
+    return properties_test(targets, targets_properties(), check, xfail=xfail or {}, exclude=exclude)
 
 
 def targets_properties() -> list[Property]:

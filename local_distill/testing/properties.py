@@ -105,6 +105,7 @@ def properties_test(
     check: Callable[[str], object],
     *,
     xfail: Mapping[str, str],
+    exclude: Iterable[str] = (),
 ) -> Callable[[str], None]:
     """A pytest test with one id a property.
 
@@ -113,9 +114,11 @@ def properties_test(
         properties: those that apply to it.
         check: runs the property of that name.
         xfail: ``{name: reason}`` of properties that are known to fail; the test fails if they hold.
+        exclude: names of those to leave out.
     """
     pytest = require_extra("pytest", "testing")
     _named(properties, xfail)
+    left_out = _named(properties, exclude)
     params = [
         pytest.param(
             one.name,
@@ -125,6 +128,7 @@ def properties_test(
             else [],
         )
         for one in properties
+        if one not in left_out
     ]
 
     def test_property(name: str) -> None:

@@ -89,6 +89,7 @@ def transform_test(
     seeds: int | Iterable[int] = 20,
     trust: Iterable[type | Callable[..., Any]] = (),
     xfail: Mapping[str, str] | None = None,
+    exclude: Iterable[str] = (),
     max_examples: int = 6,
 ) -> Callable[[str], None]:
     """A pytest test of a pipeline, with one id for each property.
@@ -100,13 +101,14 @@ def transform_test(
         trust: see `check_transform`.
         xfail: ``{name: reason}`` of the properties that it is known not to keep. Strict: the test
             fails once it keeps them.
+        exclude: names of properties to leave out, such as one that takes too long here.
         max_examples: how many examples to try for each property.
 
     Returns:
         A test function. Assign it to a name that starts with ``test_``.
 
     Raises:
-        ConfigError: an unknown property in ``xfail``.
+        ConfigError: an unknown property in ``xfail`` or ``exclude``.
         MissingExtraError: pytest or torchvision is not installed.
 
     Example:
@@ -128,7 +130,9 @@ def transform_test(
             max_examples=max_examples,
         )
 
-    return properties_test(pipeline, transform_properties(), check, xfail=xfail or {})
+    return properties_test(
+        pipeline, transform_properties(), check, xfail=xfail or {}, exclude=exclude
+    )
 
 
 def transform_properties() -> list[Property]:

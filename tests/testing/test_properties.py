@@ -187,6 +187,18 @@ def test_examples_are_looked_at_instead_of_a_search():
     assert all(student is example.student for student in seen)
 
 
+def test_excluded_properties_have_no_id():
+    def ids(**settings):
+        test = matcher_test(SimilarityMatcher(), **settings)
+        return [param.id for mark in test.pytestmark for param in mark.args[1]]
+
+    left = ids(exclude=["vmap_works", "weights_are_shares"])
+    assert left == [name for name in ids() if name not in ("vmap_works", "weights_are_shares")]
+    assert len(left) == len(ids()) - 2
+    with pytest.raises(ConfigError, match="did you mean vmap_works"):
+        ids(exclude=["vmap_work"])
+
+
 def test_max_examples_is_the_number_of_examples():
     seen = []
 
