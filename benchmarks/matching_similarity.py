@@ -13,9 +13,9 @@ that of the medians, and the band the 10th to 90th percentile of the ratio withi
 --clock cpu the process's time is taken, which other processes' load disturbs less. Memory is the
 highest sum of what torch's CPU allocator has handed out since the call began, results included on
 both sides, from torch.profiler's record of allocations; buffers inside the BLAS do not go through
-it.
+it. Prints a line for each, then one line of JSON, which --json also writes to a file.
 
-    python benchmarks/matching_similarity.py --threads 2 --batches 32 8 2 --json
+    python benchmarks/matching_similarity.py --threads 2 --batches 32 8 2
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of each start and stop
@@ -148,7 +149,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="for each line")
     parser.add_argument("--repeats", type=int, default=7, help="at least, for each line")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON at the end")
+    parser.add_argument("--json", type=Path, help="where to write the line of JSON as well")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -176,20 +177,20 @@ def main() -> None:
         f"other indices than the plain way: {sum(row['other_indices'] for row in rows)}; costs "
         f"differ by at most {max(row['largest_cost_difference'] for row in rows):.1e}"
     )
-    if args.json:
-        print(
-            json.dumps(
-                {
-                    "benchmark": "matching_similarity",
-                    "processor": platform.processor() or platform.machine(),
-                    "torch": torch.__version__,
-                    "threads": args.threads,
-                    "clock": args.clock,
-                    "dtype": "float32",
-                    "rows": rows,
-                }
-            )
-        )
+    line = json.dumps(
+        {
+            "benchmark": "matching_similarity",
+            "processor": platform.processor() or platform.machine(),
+            "torch": torch.__version__,
+            "threads": args.threads,
+            "clock": args.clock,
+            "dtype": "float32",
+            "rows": rows,
+        }
+    )
+    print(line)
+    if args.json is not None:
+        args.json.write_text(line + "\n")
 
 
 if __name__ == "__main__":
