@@ -12,15 +12,20 @@ from local_distill import Centering, GlobalDistillationLoss, LocalDistillationLo
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
-    sizes, rank = settings["sizes"], settings["rank"]
+    rank = settings["rank"]
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
-        "gloo",
-        init_method=settings["meeting"],
-        rank=rank,
-        world_size=len(sizes),
+        "gloo", init_method=settings["meeting"], rank=rank, world_size=settings["ranks"]
     )
+    results = [run(rank, *case) for case in settings["cases"]]
+    dist.barrier()
+    dist.destroy_process_group()
+    print(json.dumps(results))
+
+
+def run(rank, sizes, normalize, poison):
+    """Two steps on this rank's share of a batch; ``poison`` is the rank with a NaN, or -1."""
     total, c = sum(sizes), 5
     g = torch.Generator().manual_seed(3)
     student = torch.randn(total, 4, c, generator=g, dtype=torch.float64)
@@ -31,38 +36,28 @@ def main() -> None:
     mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     student, teacher, weight, index = student[mine], teacher[mine], weight[mine], index[mine]
     student.requires_grad_()
-    if settings["poison"] == rank:
+    if poison == rank:
         teacher[0, 0] = torch.nan
         weight[0, 0, 0], index[0, 0, 0] = 0.5, 0
     matches = {(0, 0): Matches(index, weight, weight[..., 0])}
-    local = LocalDistillationLoss(Centering(c).double(), normalize=settings["normalize"])
+    local = LocalDistillationLoss(Centering(c).double(), normalize=normalize)
     whole = GlobalDistillationLoss(Centering(c).double())
     for _ in range(2):
         value = local([student], [teacher], matches, teacher_temp=0.2)
         value = value + whole([student[:, 0]], [teacher[:, 0]], teacher_temp=0.2, pairs=[(0, 0)])
     value.backward()
-    centers = [local.targets.center.tolist(), whole.targets.center.tolist()]
-    skipped = [int(local.targets.skipped), int(whole.targets.skipped)]
+    result = {
+        "value": float(value.detach()),
+        "gradient": student.grad.flatten().tolist(),
+        "centers": [local.targets.center.tolist(), whole.targets.center.tolist()],
+        "skipped": [int(local.targets.skipped), int(whole.targets.skipped)],
+    }
     # In evaluation nothing is sent: rank 0 alone may call it.
-    alone = quiet = 0.0
-    if rank == 0 and settings["poison"] < 0:
-        quiet = float(local.eval()([student], [teacher], matches, teacher_temp=0.2))
+    if rank == 0 and poison < 0:
+        result["eval"] = float(local.eval()([student], [teacher], matches, teacher_temp=0.2))
         with torch.no_grad():
-            alone = float(local.train()([student], [teacher], matches, teacher_temp=0.2))
-    dist.barrier()
-    dist.destroy_process_group()
-    print(
-        json.dumps(
-            {
-                "value": float(value.detach()),
-                "gradient": student.grad.flatten().tolist(),
-                "centers": centers,
-                "skipped": skipped,
-                "eval": quiet,
-                "alone": alone,
-            }
-        )
-    )
+            result["alone"] = float(local.train()([student], [teacher], matches, teacher_temp=0.2))
+    return result
 
 
 if __name__ == "__main__":

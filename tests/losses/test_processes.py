@@ -1,5 +1,6 @@
 """Several processes are one: loss, gradient and centers as of the whole batch."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -32,12 +33,26 @@ def whole_batch(total, normalize, c=5):
     return value.detach(), student.grad, local.targets.center, whole.targets.center
 
 
-def run_processes(sizes, normalize, poison=-1):
+CASES = [
+    ([8], "matched", -1),
+    ([4, 4], "all", -1),
+    ([6, 2], "matched", -1),
+    ([7, 1], "image", -1),
+    ([8, 0], "matched", -1),
+    ([3, 3, 2], "matched", -1),
+    ([2, 2, 2, 2], "image", -1),
+    ([2, 2], "matched", 1),
+]
+
+
+@functools.cache  # to start processes takes longer than all that they do
+def results_of(ranks):
+    """The cases of so many processes, and of each case what every rank says."""
+    cases = [case for case in CASES if len(case[0]) == ranks]
     with tempfile.TemporaryDirectory() as folder:
         # A file to meet at: a free port may be taken before it is used, and its server goes with
         # the first process that ends.
-        settings = {"sizes": sizes, "normalize": normalize, "poison": poison}
-        settings["meeting"] = (Path(folder) / "store").as_uri()
+        settings = {"ranks": ranks, "cases": cases, "meeting": (Path(folder) / "store").as_uri()}
         workers = [
             subprocess.Popen(
                 [sys.executable, str(SCRIPT), json.dumps(settings | {"rank": rank})],
@@ -45,44 +60,39 @@ def run_processes(sizes, normalize, poison=-1):
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for rank in range(len(sizes))
+            for rank in range(ranks)
         ]
-        results = []
+        said = []
         try:
             for worker in workers:
                 out, err = worker.communicate(timeout=120)
                 assert worker.returncode == 0, err
-                results.append(json.loads(out.splitlines()[-1]))
+                said.append(json.loads(out.splitlines()[-1]))
         finally:  # nobody is left waiting for one that failed
             for worker in workers:
                 worker.kill()
                 worker.communicate()
-    return results
+    return cases, list(zip(*said, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("sizes", "normalize"),
-    [
-        ([8], "matched"),
-        ([4, 4], "all"),
-        ([6, 2], "matched"),
-        ([7, 1], "image"),
-        ([8, 0], "matched"),
-        ([3, 3, 2], "matched"),
-        ([2, 2, 2, 2], "image"),
-    ],
-    ids=str,
-)
-def test_processes_agree_with_one(sizes, normalize):
+def result_of(case):
+    cases, results = results_of(len(case[0]))
+    return results[cases.index(case)]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[2] < 0], ids=str)
+def test_processes_agree_with_one(case):
+    sizes, normalize, _ = case
     value, gradient, local_center, global_center = whole_batch(sum(sizes), normalize)
-    results = run_processes(sizes, normalize)
+    results = result_of(case)
+    assert len(results) == len(sizes)
     for result in results:
         assert result["value"] == pytest.approx(float(value), rel=1e-9)
         # to the bit on all ranks, and as of one process up to the order of summation
         assert result["centers"] == results[0]["centers"]
         assert result["centers"][0] == pytest.approx(local_center.tolist(), rel=1e-9)
         assert result["centers"][1] == pytest.approx(global_center.tolist(), rel=1e-9)
-        assert result["eval"] == pytest.approx(result["alone"], rel=1e-9)
+    assert results[0]["eval"] == pytest.approx(results[0]["alone"], rel=1e-9)
     # gradients are averaged over the processes by data-parallel wrappers
     shares = torch.cat(
         [torch.tensor(r["gradient"], dtype=torch.float64).reshape(-1, 4, 5) for r in results]
@@ -91,8 +101,7 @@ def test_processes_agree_with_one(sizes, normalize):
 
 
 def test_nan_on_one_rank_is_seen_by_all_and_enters_no_state():
-    results = run_processes([2, 2], "matched", poison=1)
-    for result in results:
+    for result in result_of(([2, 2], "matched", 1)):
         assert result["value"] != result["value"]
         assert all(abs(v) < 100 for center in result["centers"] for v in center)
         assert result["skipped"] == [2, 2]

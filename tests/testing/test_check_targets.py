@@ -5,7 +5,7 @@ import functools
 import re
 
 import pytest
-from helpers.drawn import drawn
+from helpers.drawn import drawn, slow_for
 from helpers.wrong_targets import WRONG, CutsTensorsIntoViews, ForgetsTheCenter, Stateless
 
 from local_distill import Centering, ConfigError
@@ -28,10 +28,12 @@ def some_examples():
     return drawn(targets_examples(), 6)
 
 
-def failing(targets):
+def failing(targets, leave_out=()):
     """The names of the properties that targets do not keep, by the same few examples each."""
     found = set()
     for one in targets_properties():
+        if one.name in leave_out:
+            continue
         # copies, as wrong targets write into their inputs
         examples = copy.deepcopy(some_examples()[: one.max_examples])
         try:
@@ -47,7 +49,7 @@ def test_every_property_has_wrong_targets():
 
 @pytest.mark.parametrize("name", WRONG)
 def test_exactly_this_property_sees_them(name):
-    assert failing(WRONG[name]) == {name}
+    assert failing(WRONG[name], slow_for(name)) == {name}
 
 
 def test_a_failure_is_small_and_its_snippet_repeats_it():

@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from helpers.drawn import drawn
+from helpers.drawn import drawn, slow_for
 from helpers.wrong_losses import WRONG, AllPairs, Right
 
 from local_distill.testing.check_loss import check_loss, loss_properties
@@ -31,10 +31,12 @@ def traced_only(monkeypatch):
     )
 
 
-def failing(loss, kind):
+def failing(loss, kind, leave_out=()):
     """The names of the properties that a loss does not keep, by the same few examples each."""
     found = set()
     for one in loss_properties(kind):
+        if one.name in leave_out:
+            continue
         examples = some_examples(kind)
         if one.max_examples == 1:  # compiling: the example of the smallest graph
             examples = sorted(examples, key=lambda example: len(example.matches or ()))[:1]
@@ -58,4 +60,4 @@ def test_what_the_wrong_losses_are_made_of_is_right():
 @pytest.mark.parametrize("name", WRONG)
 def test_exactly_this_property_sees_it(name):
     kind = "global" if WRONG[name] is AllPairs else "local"
-    assert failing(WRONG[name], kind) == {name}
+    assert failing(WRONG[name], kind, slow_for(name)) == {name}
