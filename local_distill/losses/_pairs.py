@@ -13,6 +13,11 @@ from local_distill._check import Axes, check_floating, values_visible
 from local_distill._precision import at_least_float32, widest
 from local_distill.distributed import all_reduce_sum, world_size
 from local_distill.errors import ConfigError, ShapeError
+from local_distill.kernels.paired_cross_entropy import (
+    AnsweredView,
+    blockwise_cross_entropy,
+    can_work_in_blocks,
+)
 from local_distill.structures import Matches, TeacherTargets
 
 Normalize = Literal["all", "matched", "image"]
@@ -96,32 +101,50 @@ def paired_cross_entropy(
     read once however many teacher views answer it.
     """
     scales = _scales(matches, normalize, processes)
-    probs = {q: target.probs() for q, target in targets.items()}
-    total: Tensor | None = None
-    for v, logits in enumerate(student_logits):
-        own = [pair for pair in matches if pair[0] == v]
-        if logits is None or not own:
-            continue
-        values = at_least_float32(logits)
-        target = torch.zeros_like(values)
-        mass = values.new_zeros(values.shape[:-1])
-        for pair in own:
-            scale = scales[pair].to(values.dtype)
-            target = target + scale[:, None, None] * matches[pair].gather(probs[pair[1]])
-            mass = mass + scale[:, None] * matches[pair].weight.to(values.dtype).sum(-1)
-        z = (values - values.detach().amax(-1, keepdim=True)) / student_temp
-        # Before the logsumexp, not after: 0 · NaN is NaN, in the gradient too.
-        z = torch.where((mass > 0)[..., None], z, 0.0)
-        part = (mass * z.logsumexp(-1) - (target * z).sum(-1)).sum()
-        total = part if total is None else total + part
-    if total is None:
+    views = [
+        AnsweredView(
+            logits, [(pair[1], matches[pair], scales[pair]) for pair in matches if pair[0] == v]
+        )
+        for v, logits in enumerate(student_logits)
+        if logits is not None
+    ]
+    views = [view for view in views if view.answers]
+    if not views:
         total = _zero(student_logits)
+    elif can_work_in_blocks(views):
+        total = blockwise_cross_entropy(views, targets, student_temp)
+    else:
+        total = plain_cross_entropy(views, targets, student_temp)
     if processes.size == 1:
         return total
     # The whole batch's value with this rank's share of its gradient, times the number of processes
     # because data-parallel wrappers average gradients.
     share = total * processes.size
     return share + (processes.sum(total) - share).detach()
+
+
+def plain_cross_entropy(
+    views: Sequence[AnsweredView], targets: Mapping[int, TeacherTargets], student_temp: float
+) -> Tensor:
+    """What `blockwise_cross_entropy` gives, in plain steps that a graph can hold."""
+    probs = {q: target.probs() for q, target in targets.items()}
+    parts = []
+    for logits, answers in views:
+        values = at_least_float32(logits)
+        target = torch.zeros_like(values)
+        mass = values.new_zeros(values.shape[:-1])
+        for q, found, scale in answers:
+            scale = scale.to(values.dtype)
+            target = target + scale[:, None, None] * found.gather(probs[q])
+            mass = mass + scale[:, None] * found.weight.to(values.dtype).sum(-1)
+        z = (values - values.detach().amax(-1, keepdim=True)) / student_temp
+        # Before the logsumexp, not after: 0 · NaN is NaN, in the gradient too.
+        z = torch.where((mass == 0)[..., None], 0.0, z)
+        parts.append((mass * z.logsumexp(-1) - (target * z).sum(-1)).sum())
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def _scales(
@@ -149,9 +172,9 @@ def _scales(
 
 
 def _safe_inverse(values: Tensor) -> Tensor:
-    """1 / values, and 0 where there is nothing to divide by."""
-    some = values > 0
-    return torch.where(some, 1.0 / torch.where(some, values, 1.0), 0.0)
+    """1 / values, and 0 where there is nothing to divide by; NaN stays NaN, to be seen."""
+    none = values == 0
+    return torch.where(none, 0.0, 1.0 / torch.where(none, 1.0, values))
 
 
 def _zero(student_logits: Sequence[Tensor | None]) -> Tensor:

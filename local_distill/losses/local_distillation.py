@@ -46,7 +46,7 @@ def local_distillation_loss(
             mass, then the mean over the images. Where there is no mass the loss is 0.
 
     Returns:
-        A scalar in at least float32, differentiable in ``student_logits``. No collectives.
+        A scalar in at least float32, differentiable in ``student_logits``, once. No collectives.
 
     Raises:
         ShapeError: axes that do not fit; matches that point beyond the teacher's tokens.
