@@ -96,7 +96,8 @@ def check_view_pairs(pairs: Iterable[tuple[int, int]], students: int, teachers: 
 
 def check_positive(name: str, value: float) -> float:
     """Return a finite number above zero."""
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+    # a comparison, which a graph can hold where the number changes from step to step; False for NaN
+    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
         raise ConfigError(f"`{name}` must be a finite number above 0, got {value!r}")
     return float(value)
 

@@ -56,10 +56,6 @@ class CellMaps(NamedTuple):
     limits: Tensor  # (2, n, b) width and height of the source, px
     sound: Tensor  # (1, n, b) bool: finite and not singular; else cells, inverse are the identity
 
-    def part(self, start: int, stop: int) -> CellMaps:
-        """Those of the views from ``start`` to ``stop``."""
-        return CellMaps(*(values[..., start:stop, :] for values in self))
-
 
 class PlacedTokens(NamedTuple):
     """The tokens of n views of one grid in the source."""

@@ -70,8 +70,8 @@ def feature_inputs(student: Tokens, teacher: Tokens) -> tuple[FeatureSide, Featu
     check_same_axes("student", one.features, "teacher", two.features)
     dtype = common_dtype(one.features, two.features)
     return (
-        one._replace(features=one.features.to(dtype)),
-        two._replace(features=two.features.to(dtype)),
+        FeatureSide(one.features.to(dtype), one.inside),
+        FeatureSide(two.features.to(dtype), two.inside),
     )
 
 

@@ -25,9 +25,10 @@ class ViewStack(NamedTuple):
     start: int
     stop: int
 
-    def of(self, geometry: CropGeometry) -> CropGeometry:
-        """The part of (n, b) geometries that is this grid's."""
-        return CropGeometry(*(part[self.start : self.stop] for part in geometry))
+
+def stacked_part(stack: ViewStack, geometry: CropGeometry) -> CropGeometry:
+    """The part of (n, b) geometries that is this stack's."""
+    return CropGeometry(*(part[stack.start : stack.stop] for part in geometry))
 
 
 class StackedPairs(NamedTuple):
@@ -48,11 +49,7 @@ class StackedViews(NamedTuple):
     stacks: list[ViewStack]
     groups: list[StackedPairs]
     names: list[str]  # what messages call each of the views
-
-    @property
-    def grids(self) -> list[TokenGrid]:
-        """Of each of the views."""
-        return [stack.grid for stack in self.stacks for _ in range(stack.start, stack.stop)]
+    grids: list[TokenGrid]  # of each of the views
 
 
 class _Views:
@@ -111,7 +108,9 @@ def stack_views(
         start = stacks[-1].stop if stacks else 0
         stacks.append(ViewStack(same.grid, start, start + len(same.geometries)))
     groups = _grouped(pairs, places, student, numbered)
-    return StackedViews(stacked, stacks, groups, [name for same in gathered for name in same.names])
+    names = [name for same in gathered for name in same.names]
+    grids = [same.grid for same in gathered for _ in same.names]
+    return StackedViews(stacked, stacks, groups, names, grids)
 
 
 def _of_grid(gathered: list[_Views], grid: TokenGrid) -> int:
@@ -152,7 +151,7 @@ def _refuse_by_name(views: StackedViews) -> None:
             check_geometry(f"{views.names[slot]}.geometry", one, stack.grid)
     for group in views.groups:
         sizes = [
-            stack.of(views.geometry).source_size
+            stacked_part(stack, views.geometry).source_size
             for stack in (views.stacks[group.students], views.stacks[group.teachers])
         ]
         for (ours, theirs), (v, q) in zip(group.names, group.slots, strict=True):
@@ -177,7 +176,8 @@ def _grouped(
         assert geometry is not None  # checked before
         wanted = (ours, theirs, geometry.matrix.dtype)
         for group in groups:
-            if group[:3] == wanted:
+            # not a slice: torch 2.6 cannot trace one of a NamedTuple
+            if (group.students, group.teachers, group.dtype) == wanted:
                 break
         else:
             group = StackedPairs(*wanted, [], [], [])

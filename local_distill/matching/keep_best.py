@@ -67,7 +67,7 @@ def keep_best(
     """
     _check_settings(count, fraction)
     matches = check_matches("matches", matches, Axes())
-    found = matches.matched & matches.cost.isfinite()
+    found = (matches.weight > 0).any(-1) & matches.cost.isfinite()
     keep = found & (_ranks(found, matches.cost) < _how_many(found, count, fraction))
     return Matches(
         matches.teacher_index,

@@ -19,6 +19,7 @@ from local_distill.errors import ConfigError, GeometryError
 from local_distill.geometry import sound_matrix
 from local_distill.kernels.aligned_lattice import aligned_pairs, aligned_views, are_aligned
 from local_distill.kernels.lattice import (
+    CellMaps,
     LatticeStudents,
     LatticeTeachers,
     cell_maps,
@@ -34,6 +35,7 @@ from local_distill.matching._view_stacks import (
     StackedViews,
     refuse_bad_values,
     stack_views,
+    stacked_part,
 )
 from local_distill.structures import CropGeometry, Matches, Tokens
 
@@ -209,7 +211,8 @@ def _matches_of_pairs(
         return {}
     views = stack_views(student, teacher, pairs, numbered=numbered)
     # Worked out in the widest type, and cut off from the graph.
-    geometry = views.geometry._replace(matrix=widest(views.geometry.matrix.detach()))
+    matrix, view_size, source_size = views.geometry
+    geometry = CropGeometry(widest(matrix.detach()), view_size, source_size)
     full = [group for group in views.groups if min(_num_tokens(views, group)) > 0]
     if method == "search":
         found = _by_search(views, geometry, full)
@@ -259,7 +262,7 @@ def _on_lattice(
     for number, stack in enumerate(views.stacks):
         if number not in student_stacks | teacher_stacks:
             continue
-        part = maps.part(stack.start, stack.stop)
+        part = CellMaps(*(values[..., stack.start : stack.stop, :] for values in maps))
         tokens = placed_tokens(part, stack.grid)
         if number in student_stacks:
             students[number] = lattice_students(part, tokens)
@@ -328,7 +331,7 @@ def _by_search(
 ) -> list[Found]:
     """The matches of each group by looking at all teacher tokens."""
     refuse_bad_values(views, sound_matrix(geometry.matrix))
-    sides = [search_views(stack.of(geometry), stack.grid) for stack in views.stacks]
+    sides = [search_views(stacked_part(stack, geometry), stack.grid) for stack in views.stacks]
     return [
         nearest_by_search(sides[group.students], sides[group.teachers], group.slots)
         for group in groups

@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 
 from local_distill._precision import at_least_float32
+from local_distill.structures import Matches
+
+
+def matched_tokens(matches: Matches) -> Tensor:
+    """``matches.matched``, in a form that torch 2.6 can trace for matches made in the graph."""
+    return (matches.weight > 0).any(-1)
 
 
 def share(part: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:

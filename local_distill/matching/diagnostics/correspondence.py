@@ -11,7 +11,7 @@ from local_distill.errors import ShapeError
 from local_distill.geometry import inside, wide_centers, wide_diagonals
 from local_distill.kernels import block_length
 from local_distill.matching._match_checks import check_matches, check_targets
-from local_distill.matching.diagnostics._means import mean_of, share
+from local_distill.matching.diagnostics._means import matched_tokens, mean_of, share
 from local_distill.matching.nearest import nearest_matches
 from local_distill.structures import Matches, Tokens
 
@@ -138,7 +138,7 @@ def correspondence_accuracy(
         tensor(0.5000)
     """
     error = wide_error(matches, student, teacher)
-    counts = matches.matched & reachable_tokens(student, teacher, threshold)
+    counts = matched_tokens(matches) & reachable_tokens(student, teacher, threshold)
     return share(error < threshold, counts, geometry_type(student, teacher))
 
 
@@ -170,7 +170,9 @@ def reachable_tokens(student: Tokens, teacher: Tokens, threshold: float = 0.5) -
         tensor([[False, False,  True,  True]])
     """
     check_positive("threshold", threshold)
-    return nearest_matches(student, teacher, max_distance=threshold, method="search").matched
+    return matched_tokens(
+        nearest_matches(student, teacher, max_distance=threshold, method="search")
+    )
 
 
 def wide_error(matches: Matches, student: Tokens, teacher: Tokens) -> Tensor:

@@ -9,7 +9,7 @@ from local_distill._check import Axes, check_at_least
 from local_distill._precision import at_least_float32, widest
 from local_distill.kernels import block_length
 from local_distill.matching._match_checks import check_matches, check_targets
-from local_distill.matching.diagnostics._means import mean_of, share
+from local_distill.matching.diagnostics._means import matched_tokens, mean_of, share
 from local_distill.matching.mutual import mutual_matches
 from local_distill.structures import Matches
 
@@ -35,7 +35,7 @@ def coverage(matches: Matches) -> Tensor:
         tensor(0.7500)
     """
     matches = check_matches("matches", matches, Axes())
-    matched = matches.matched
+    matched = matched_tokens(matches)
     return share(matched, torch.ones_like(matched), at_least_float32(matches.weight).dtype)
 
 
@@ -73,7 +73,7 @@ def distinct_targets(matches: Matches, num_teacher_tokens: int) -> Tensor:
     like = at_least_float32(matches.weight)
     if k == 0:
         return like.new_zeros(())
-    matched = matches.matched
+    matched = matched_tokens(matches)
     heaviest = matches.teacher_index.gather(2, matches.weight.argmax(-1, keepdim=True))[..., 0]
     # Tokens without a match name a column of their own.
     named = torch.zeros((b, num_teacher_tokens + 1), dtype=torch.bool, device=like.device)
@@ -126,7 +126,7 @@ def hubness(matches: Matches, num_teacher_tokens: int) -> Tensor:
     # Divided before the cube is taken, which could vanish.
     skewness = (centred / torch.where(spread, deviation, 1.0)).pow(3).mean(1)
     skewness = torch.where(spread[:, 0], skewness, 0.0)
-    return mean_of(skewness, matches.matched.any(1)).to(like.dtype)
+    return mean_of(skewness, matched_tokens(matches).any(1)).to(like.dtype)
 
 
 def entropy(matches: Matches) -> Tensor:
@@ -166,7 +166,7 @@ def entropy(matches: Matches) -> Tensor:
         )
         for start in range(0, s, block)
     ]
-    return mean_of(torch.cat(entropies, 1), matches.matched).to(like.dtype)
+    return mean_of(torch.cat(entropies, 1), matched_tokens(matches)).to(like.dtype)
 
 
 def mutual_rate(matches: Matches, reverse: Matches) -> Tensor:
@@ -190,8 +190,8 @@ def mutual_rate(matches: Matches, reverse: Matches) -> Tensor:
         >>> mutual_rate(both, one), mutual_rate(one, both)
         (tensor(0.5000), tensor(1.))
     """
-    stay = mutual_matches(matches, reverse).matched
-    return share(stay, matches.matched, at_least_float32(matches.weight).dtype)
+    stay = matched_tokens(mutual_matches(matches, reverse))
+    return share(stay, matched_tokens(matches), at_least_float32(matches.weight).dtype)
 
 
 def _against(name: str, matches: Matches, num_teacher_tokens: int) -> Matches:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from local_distill.matching.diagnostics._means import mean_of, share
+from local_distill.matching.diagnostics._means import matched_tokens, mean_of, share
 from local_distill.matching.diagnostics.correspondence import (
     geometry_type,
     reachable_tokens,
@@ -95,22 +95,31 @@ def diagnose(
          'match/hubness': tensor(0.),
          'match/entropy': tensor(0.)}
     """
-    t = teacher.num_tokens
-    numbers = MatchDiagnostics(
+    t = _num_tokens(teacher)
+    spread = (
         coverage(matches),
         distinct_targets(matches, t),
         hubness(matches, t),
         entropy(matches),
         None if reverse is None else mutual_rate(matches, reverse),
     )
-    if any(part is None for part in (*student[1:], *teacher[1:])):
-        return numbers
+    if any(part is None for side in (student, teacher) for part in (side.geometry, side.grid)):
+        return MatchDiagnostics(*spread)
     dtype = geometry_type(student, teacher)
     error = wide_error(matches, student, teacher)
     reachable = reachable_tokens(student, teacher, _THRESHOLD)
     counted = reachable & error.isfinite()
-    return numbers._replace(
+    judged = reachable & matched_tokens(matches)
+    return MatchDiagnostics(
+        *spread,
         correspondence_error=mean_of(error, counted).to(dtype),
-        correspondence_accuracy=share(error < _THRESHOLD, reachable & matches.matched, dtype),
+        correspondence_accuracy=share(error < _THRESHOLD, judged, dtype),
         correspondence_tokens=counted.sum().to(dtype),
     )
+
+
+def _num_tokens(tokens: Tokens) -> int:
+    """`Tokens.num_tokens`, in a form that torch 2.6 can trace for tokens made in the graph."""
+    if tokens.features is not None:
+        return tokens.features.shape[1]
+    return tokens.num_tokens if tokens.grid is None else tokens.grid.rows * tokens.grid.cols
