@@ -43,7 +43,11 @@ from local_distill.testing.oracles.similarity_matching import (
     most_similar_tokens,
     soft_similarities,
 )
-from local_distill.testing.oracles.targets import centered_probs, moved_center
+from local_distill.testing.oracles.targets import (
+    centered_probs,
+    moved_center,
+    sinkhorn_knopp_probs,
+)
 from local_distill.testing.oracles.token_match import TokenMatch
 from local_distill.testing.oracles.transport import scaled_plan, transport_plan
 
@@ -75,6 +79,7 @@ __all__ = [
     "normalized_loss",
     "radius_neighbours",
     "scaled_plan",
+    "sinkhorn_knopp_probs",
     "soft_similarities",
     "softmax",
     "token_center",

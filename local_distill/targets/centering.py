@@ -1,4 +1,4 @@
-"""Teacher logits → teacher distributions."""
+"""DINO's targets: a softmax around the running mean of the teacher's logits."""
 
 from __future__ import annotations
 
@@ -9,18 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from local_distill._check import (
-    Axes,
-    check_at_least,
-    check_floating,
-    check_fraction,
-    check_positive,
-    check_sequence,
-)
+from local_distill._check import check_at_least, check_fraction, check_positive
 from local_distill._precision import at_least_float32, undo_half_precision
 from local_distill.distributed import all_reduce_sum
-from local_distill.errors import ShapeError
 from local_distill.structures import TeacherTargets
+from local_distill.targets._logits import check_logits
 
 __all__ = ["Centering"]
 
@@ -171,30 +164,7 @@ class Centering(nn.Module):
     def _check_logits(
         self, teacher_logits: Sequence[Tensor], valid: Sequence[Tensor | None] | None
     ) -> None:
-        check_sequence("teacher_logits", teacher_logits, "a tensor of logits")
-        if valid is not None and len(valid) != len(teacher_logits):
-            raise ShapeError(
-                f"`valid` has {len(valid)} views but `teacher_logits` has {len(teacher_logits)}"
-            )
-        for view, logits in enumerate(teacher_logits):
-            name = f"teacher_logits[{view}]"
-            local = isinstance(logits, Tensor) and logits.dim() == 3
-            check_floating(name, Axes().bind(name, logits, "b t c" if local else "b c"))
-            if logits.shape[-1] != self.num_prototypes:
-                raise ShapeError(
-                    f"axis `c` is {logits.shape[-1]} in `{name}` (shape {tuple(logits.shape)}) but "
-                    f"these targets were made for num_prototypes={self.num_prototypes}"
-                )
-            keep = None if valid is None else valid[view]
-            if keep is not None and tuple(keep.shape) != tuple(logits.shape[:-1]):
-                raise ShapeError(
-                    f"`valid[{view}]` must have shape {tuple(logits.shape[:-1])} as `{name}` "
-                    f"without its prototypes, got {tuple(keep.shape)}"
-                )
-            if keep is not None and keep.dtype != torch.bool:
-                raise ShapeError(
-                    f"`valid[{view}]` must be bool, got {keep.dtype}; convert with .bool()"
-                )
+        check_logits(teacher_logits, valid, self.num_prototypes)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Centering:
         # A running mean kept in half precision would stop moving: half() and to(bfloat16) change
