@@ -68,10 +68,10 @@ def check_pairs(
         check_floating(f"teacher_logits[{q}]", teacher)
         axes.bind(f"matches[{pair}].weight", found.weight, "b s k")
         index = axes.bind(f"matches[{pair}].teacher_index", found.teacher_index, "b s k")
-        _check_index(f"matches[{pair}].teacher_index", index, f"teacher_logits[{q}]", axes["t"])
+        check_index(f"matches[{pair}].teacher_index", index, f"teacher_logits[{q}]", axes["t"])
 
 
-def _check_index(name: str, index: Tensor, of: str, tokens: int) -> None:
+def check_index(name: str, index: Tensor, of: str, tokens: int) -> None:
     """Refuse teacher indices of another type, and where it can be seen those out of range."""
     if index.dtype != torch.int64:
         raise ShapeError(f"`{name}` must be int64, got {index.dtype}; convert with .long()")
@@ -100,7 +100,7 @@ def paired_cross_entropy(
     m·logsumexp(z) - p·z. The pairs' scales are folded into p and m, so a student view's logits are
     read once however many teacher views answer it.
     """
-    scales = _scales(matches, normalize, processes)
+    scales = pair_scales(matches, normalize, processes)
     views = [
         AnsweredView(
             logits, [(pair[1], matches[pair], scales[pair]) for pair in matches if pair[0] == v]
@@ -110,7 +110,7 @@ def paired_cross_entropy(
     ]
     views = [view for view in views if view.answers]
     if not views:
-        total = _zero(student_logits)
+        total = graph_zero(student_logits)
     elif can_work_in_blocks(views):
         total = blockwise_cross_entropy(views, targets, student_temp)
     else:
@@ -147,7 +147,7 @@ def plain_cross_entropy(
     return total
 
 
-def _scales(
+def pair_scales(
     matches: Mapping[Pair, Matches], normalize: Normalize, processes: Processes
 ) -> dict[Pair, Tensor]:
     """Per pair (b,): what each image's sum is multiplied with."""
@@ -177,7 +177,7 @@ def _safe_inverse(values: Tensor) -> Tensor:
     return torch.where(none, 0.0, 1.0 / torch.where(none, 1.0, values))
 
 
-def _zero(student_logits: Sequence[Tensor | None]) -> Tensor:
+def graph_zero(student_logits: Sequence[Tensor | None]) -> Tensor:
     """A zero that hangs on the student's graph, so that backward works and NaN stays out."""
     for logits in student_logits:
         if logits is not None:
