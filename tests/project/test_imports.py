@@ -21,8 +21,8 @@ LAYERS = (
     ("_geometric_inputs",),
     ("footprints",),
     ("distributed",),
-    ("transforms", "kernels"),
-    ("matching", "targets", "heads", "teacher", "schedules"),
+    ("transforms", "kernels", "masking"),
+    ("matching", "targets", "heads", "layer_heads", "teacher", "schedules"),
     ("losses",),
     ("recipes",),
     ("_token_grids",),  # a part of backbones in a file of its own
