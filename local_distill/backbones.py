@@ -53,11 +53,14 @@ class BackboneOutput(NamedTuple):
         patch_tokens: (b, rows·cols, d), row-major.
         layers: per block (ViT) or per stage (Swin, ConvNeXt, ResNet) the global token (b, d_l),
             last layer last and equal to ``global_token``; empty unless asked for.
+        patch_layers: likewise the patch tokens (b, n_l, d_l), last layer last and equal to
+            ``patch_tokens``. Blocks of a ViT share one grid; stages have finer ones below.
     """
 
     global_token: Tensor
     patch_tokens: Tensor
     layers: tuple[Tensor, ...] = ()
+    patch_layers: tuple[Tensor, ...] = ()
 
 
 class TimmBackbone(nn.Module):
@@ -77,6 +80,7 @@ class TimmBackbone(nn.Module):
         name: a timm model name such as ``"vit_small_patch16_224"``, or a model already built.
         pretrained: load timm's weights for that name (this downloads them).
         layers: also give the global token of every block or stage, from the same forward pass.
+        patch_layers: also give their patch tokens.
         **timm_kwargs: passed on to ``timm.create_model``. ViT and Swin are told to take any view
             size unless you say otherwise; there is no classifier (``num_classes=0``).
 
@@ -105,6 +109,7 @@ class TimmBackbone(nn.Module):
         *,
         pretrained: bool = False,
         layers: bool = False,
+        patch_layers: bool = False,
         **timm_kwargs: Any,
     ) -> None:
         super().__init__()
@@ -140,7 +145,8 @@ class TimmBackbone(nn.Module):
         self._least = _least_size(model, self._steps)
         self._multiple, self._fixed_size = _size_limits(model)
         self._grids: dict[tuple[int, int], TokenGrid] = {}
-        self.layer_dims = _layer_dims(model) if layers else ()
+        self.layer_dims = _layer_dims(model) if layers or patch_layers else ()
+        self._wanted = layers, patch_layers
 
     def forward(self, images: Tensor) -> BackboneOutput:
         """The tokens of a batch of views of one size.
@@ -172,9 +178,14 @@ class TimmBackbone(nn.Module):
             )
         patch_tokens = self._patch_tokens(features)
         global_token = self._global_token(features, patch_tokens)
-        lower = tuple(self._layer_token(features) for features in intermediates[:-1])
-        layers = (*lower, global_token) if self.layer_dims else ()
-        return BackboneOutput(global_token, patch_tokens, layers)
+        lower = intermediates[:-1]
+        whole, patches = (wanted and bool(self.layer_dims) for wanted in self._wanted)
+        return BackboneOutput(
+            global_token,
+            patch_tokens,
+            (*map(self._layer_token, lower), global_token) if whole else (),
+            (*map(self._layer_patches, lower), patch_tokens) if patches else (),
+        )
 
     def token_grid(self, view_size: tuple[int, int]) -> TokenGrid:
         """Where the patch tokens lie in a view.
@@ -320,6 +331,13 @@ class TimmBackbone(nn.Module):
         usable = pooled.dim() == 2 and pooled.shape[1] == self.embed_dim
         return pooled if usable else patch_tokens.mean(1)
 
+    def _layer_patches(self, features: Any) -> Tensor:
+        if isinstance(features, Tensor) and features.dim() == 4:
+            return features.flatten(2).transpose(1, 2)
+        spatial: Tensor = features[0] if isinstance(features, tuple) else features
+        model: Any = self.model
+        return self._pooled_norm(model.norm(spatial))
+
     def _layer_token(self, features: Any) -> Tensor:
         if isinstance(features, Tensor) and features.dim() == 4:
             return features.mean((2, 3))  # timm gives stages as (b, d, rows, cols) in every family
@@ -340,6 +358,7 @@ def tiny_vit(
     mlp_ratio: float = 4.0,
     drop_path_rate: float = 0.0,
     layers: bool = False,
+    patch_layers: bool = False,
 ) -> TimmBackbone:
     """The demo's vision transformer, small enough to be trained on two CPU cores.
 
@@ -353,6 +372,7 @@ def tiny_vit(
         mlp_ratio: hidden dimension of a block's MLP over ``width``.
         drop_path_rate: stochastic depth of the last block.
         layers: also give every block's global token.
+        patch_layers: also give every block's patch tokens.
 
     Returns:
         `TimmBackbone` around ``timm.models.vision_transformer.VisionTransformer``.
@@ -391,7 +411,7 @@ def tiny_vit(
         # for widths of 384 and more, and leaves a narrow model's blocks next to idle at first.
         weight_init="moco",
     )
-    return TimmBackbone(model, layers=layers)
+    return TimmBackbone(model, layers=layers, patch_layers=patch_layers)
 
 
 def _create(name: str, pretrained: bool, timm_kwargs: dict[str, Any]) -> nn.Module:

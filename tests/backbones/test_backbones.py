@@ -56,7 +56,7 @@ def build(family: str, **more: object) -> TimmBackbone:
 
 @pytest.mark.parametrize("family", MODELS)
 def test_one_instance_takes_every_size_and_the_grid_counts_its_tokens(family: str) -> None:
-    backbone = build(family, layers=True)
+    backbone = build(family, layers=True, patch_layers=True)
     for height, width in SIZES:
         with torch.no_grad():
             out = backbone(torch.randn(2, 3, height, width))
@@ -68,6 +68,10 @@ def test_one_instance_takes_every_size_and_the_grid_counts_its_tokens(family: st
             (2, dim) for dim in backbone.layer_dims
         )
         torch.testing.assert_close(out.layers[-1], out.global_token, rtol=0, atol=0)
+        torch.testing.assert_close(out.patch_layers[-1], out.patch_tokens, rtol=0, atol=0)
+        assert tuple(part.shape[2] for part in out.patch_layers) == backbone.layer_dims
+        counts = [part.shape[1] for part in out.patch_layers]
+        assert sorted(counts, reverse=True) == counts
         assert all(part.isfinite().all() for part in (out.patch_tokens, *out.layers))
 
 
@@ -141,7 +145,7 @@ def test_odd_sizes_count_as_the_network_does_or_are_refused(family: str, side: i
 
 @pytest.mark.parametrize("family", ["vit", "vit_patch14", "deit_distilled", "tiny"])
 def test_class_token_models_agree_with_timm(family: str) -> None:
-    backbone = build(family, layers=True)
+    backbone = build(family, layers=True, patch_layers=True)
     images = torch.randn(2, 3, 112, 224)
     model = backbone.model
     with torch.no_grad():
@@ -152,8 +156,9 @@ def test_class_token_models_agree_with_timm(family: str) -> None:
         )
     torch.testing.assert_close(out.global_token, features[:, 0])
     torch.testing.assert_close(out.patch_tokens, features[:, model.num_prefix_tokens :])
-    for mine, (_, prefix) in zip(out.layers, each, strict=True):
+    for mine, patches, (spatial, prefix) in zip(out.layers, out.patch_layers, each, strict=True):
         torch.testing.assert_close(mine, prefix[:, 0])
+        torch.testing.assert_close(patches, spatial)
 
 
 @pytest.mark.parametrize("family", ["vit_average", "vit_map", "swin", "convnext", "resnet"])
@@ -176,6 +181,16 @@ def test_pooled_models_agree_with_timm(family: str) -> None:
     else:
         expected = model.fc_norm(features)
     torch.testing.assert_close(out.patch_tokens, expected)
+
+
+@pytest.mark.parametrize("family", ["swin", "convnext", "resnet"])
+def test_patch_tokens_of_lower_stages_have_the_stages_means(family: str) -> None:
+    backbone = build(family, layers=True, patch_layers=True)
+    with torch.no_grad():
+        out = backbone(torch.randn(2, 3, 96, 160))
+    for whole, patches in zip(out.layers[:-1], out.patch_layers[:-1], strict=True):
+        torch.testing.assert_close(patches.mean(1), whole)
+    assert build(family)(torch.randn(2, 3, 96, 160)).patch_layers == ()
 
 
 @pytest.mark.parametrize("family", MODELS)
