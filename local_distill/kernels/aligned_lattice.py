@@ -10,6 +10,7 @@ Axes: n views, p pairs of views, b images, l tokens along the longest side of an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,9 +30,9 @@ _NUMBERS_PER_TOKEN = 4
 class AlignedViews(NamedTuple):
     """What a match needs of n views of any grids, as a student's and as a teacher's."""
 
-    # (2, n, 2, b, l): where the tokens' centres lie in the source, px; the cells' squared
-    # diagonals, NaN for a column or a row of which no token has a match
-    students: Tensor
+    centers: Tensor  # (n, 2, b, l) where the tokens' centres lie in the source, px
+    # (n, 2, b, l) the cells' squared diagonals, NaN for a column or row without a match
+    diagonals: Tensor
     # (5, n, 2, b): the centre of the first token and the way to the next, px; the first and the
     # last index whose centre lies inside the source, counted from the `snapping_origin`; the cells'
     # squared diagonal, NaN where no token lies inside
@@ -47,7 +48,7 @@ class AlignedPairs(NamedTuple):
     def blocks(
         self, start: int, stop: int, student_grid: TokenGrid, teacher_grid: TokenGrid
     ) -> list[tuple[Tensor, Tensor]]:
-        """Of the pairs from ``start`` to ``stop``: index and cost (p, b, s) of every block.
+        """Of the pairs from ``start`` to ``stop``: index and squared cost (p, b, s) of every block.
 
         There is one block unless memory asks for more. Costs are in larger cell diagonals, NaN
         where there is no match; an index lies in [0, t) always.
@@ -67,7 +68,7 @@ class AlignedPairs(NamedTuple):
         row = self.nearest[part, 1, :, :rows, None] * teacher_cols
         index = row + self.nearest[part, 0, :, None, :cols]
         squared = self.squared[part, 1, :, :rows, None] + self.squared[part, 0, :, None, :cols]
-        return index.flatten(-2), squared.sqrt_().flatten(-2)
+        return index.flatten(-2), squared.flatten(-2)
 
 
 def are_aligned(matrix: Tensor) -> bool:
@@ -106,7 +107,7 @@ def aligned_views(matrix: Tensor, source_size: Tensor, grids: Sequence[TokenGrid
     scale = torch.stack((matrix[..., 0, 0], matrix[..., 1, 1]), 1)  # (n, 2, b)
     shift = matrix[..., :2, 2].movedim(-1, 1)
     limits = source_size.flip(-1).movedim(-1, 1)
-    places, strides = _grid_places(grids, matrix)
+    places, strides = _grid_places(tuple(grids), matrix.dtype)
     centers = scale[..., None] * places
     centers += shift[..., None]
     inside = (centers >= 0) & (centers <= limits[..., None])
@@ -116,7 +117,7 @@ def aligned_views(matrix: Tensor, source_size: Tensor, grids: Sequence[TokenGrid
     steps = scale * strides
     squared = steps.square().sum(1, keepdim=True).expand_as(steps)
     some = (count > 0).all(1, keepdim=True)
-    students = torch.where(inside, squared[..., None], torch.nan)
+    diagonals = torch.where(inside, squared[..., None], torch.nan)
     teachers = (
         centers[..., 0],
         steps,
@@ -124,7 +125,7 @@ def aligned_views(matrix: Tensor, source_size: Tensor, grids: Sequence[TokenGrid
         last + origin,
         torch.where(some, squared, torch.nan),
     )
-    return AlignedViews(torch.stack((centers, students)), torch.stack(teachers))
+    return AlignedViews(centers, diagonals, torch.stack(teachers))
 
 
 def aligned_pairs(views: AlignedViews, pairs: Sequence[tuple[int, int]]) -> AlignedPairs:
@@ -136,24 +137,27 @@ def aligned_pairs(views: AlignedViews, pairs: Sequence[tuple[int, int]]) -> Alig
         views: of `aligned_views`.
         pairs: (student, teacher) as indices of the views.
     """
-    device = views.students.device
+    device = views.centers.device
     ours = torch.tensor([v for v, _ in pairs], device=device)
     theirs = torch.tensor([q for _, q in pairs], device=device)
-    places, diagonals = views.students.index_select(1, ours).unbind(0)
+    places, diagonals = (part.index_select(0, ours) for part in views[:2])
     teachers = views.teachers.index_select(1, theirs)[..., None]
     start, step, first, last, teacher_diagonals = teachers.unbind(0)
     origin = snapping_origin(places.dtype)
     places.sub_(start).div_(step).add_(origin)
     nearest = places.sub(0.5).ceil_().clamp_(first, last)
     squared = places.sub_(nearest).mul_(step).square_()
-    squared /= torch.maximum(diagonals, teacher_diagonals)
+    squared /= torch.maximum(diagonals, teacher_diagonals, out=diagonals)
     return AlignedPairs(nearest.sub_(origin).to(torch.int64), squared)
 
 
-def _grid_places(grids: Sequence[TokenGrid], like: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, 2, 1, l) view px of the tokens, inf beyond a grid's end, and (n, 2, 1) strides."""
-    different = list(dict.fromkeys(grids))
-    longest = max(max(grid.rows, grid.cols) for grid in different)
+@functools.lru_cache(maxsize=64)  # a training has the same few lists of grids at every step
+def _grid_places(grids: tuple[TokenGrid, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(n, 2, 1, l) view px of the tokens, inf beyond a grid's end, and (n, 2, 1) strides.
+
+    On the CPU, where alone values can be looked at. Shared: not to be written to.
+    """
+    longest = max(max(grid.rows, grid.cols) for grid in grids)
     rows = [
         [
             [offset + stride * k if k < length else torch.inf for k in range(longest)]
@@ -161,9 +165,8 @@ def _grid_places(grids: Sequence[TokenGrid], like: Tensor) -> tuple[Tensor, Tens
                 grid.offset, grid.stride, (grid.cols, grid.rows), strict=True
             )
         ]
-        for grid in different
+        for grid in grids
     ]
-    which = torch.tensor([different.index(grid) for grid in grids], device=like.device)
-    places = like.new_tensor(rows)[:, :, None].index_select(0, which)
-    strides = like.new_tensor([grid.stride for grid in different])[..., None]
-    return places, strides.index_select(0, which)
+    places = torch.tensor(rows, dtype=dtype, device="cpu")[:, :, None]
+    strides = torch.tensor([grid.stride for grid in grids], dtype=dtype, device="cpu")[..., None]
+    return places, strides

@@ -63,7 +63,11 @@ class _Views:
     def place(self, name: str, geometry: CropGeometry) -> int:
         """Where the view is; one that is there already is not taken in again."""
         for slot, known in enumerate(self.geometries):
-            if all(one is other for one, other in zip(known, geometry, strict=True)):
+            if (
+                known.matrix is geometry.matrix
+                and known.view_size is geometry.view_size
+                and known.source_size is geometry.source_size
+            ):
                 return slot
         self.geometries.append(geometry)
         self.names.append(name)

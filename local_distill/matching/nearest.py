@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -43,8 +44,8 @@ __all__ = ["NearestMatcher", "nearest_matches", "nearest_view_matches"]
 
 Pair = tuple[int, int]
 Method = Literal["lattice", "search"]
-# Index (p, b, s) and cost (p, b, s), NaN where there is no match, of every block of p pairs.
-Found = list[tuple[Tensor, Tensor]]
+# Of every block of p pairs (p, b, s) each: index, whether it is a match, cost.
+Found = list[tuple[Tensor, Tensor, Tensor]]
 
 
 def nearest_matches(
@@ -214,22 +215,19 @@ def _matches_of_pairs(
     matrix, view_size, source_size = views.geometry
     geometry = CropGeometry(widest(matrix.detach()), view_size, source_size)
     full = [group for group in views.groups if min(_num_tokens(views, group)) > 0]
-    if method == "search":
-        found = _by_search(views, geometry, full)
-    elif full and values_visible(*geometry) and are_aligned(geometry.matrix):
-        found = _on_aligned_lattice(views, geometry, full)
-    else:
-        found = _on_lattice(views, geometry, full)
     # Infinity is no cost of a match.
     limit = torch.inf if max_distance is None else max_distance
+    if method == "search":
+        found = _by_search(views, geometry, full, limit)
+    elif full and values_visible(*geometry) and are_aligned(geometry.matrix):
+        found = _on_aligned_lattice(views, geometry, full, limit)
+    else:
+        found = _on_lattice(views, geometry, full, limit)
     results: dict[Pair, Matches] = {}
     for group in views.groups:
         s, t = _num_tokens(views, group)
         if s and t:
-            blocks = [
-                hard_matches(index, cost < limit, cost.to(group.dtype))
-                for index, cost in found.pop(0)
-            ]
+            blocks = [hard_matches(*block) for block in found.pop(0)]
             each = [
                 Matches(*parts)
                 for block in blocks
@@ -250,7 +248,7 @@ def _num_tokens(views: StackedViews, group: StackedPairs) -> tuple[int, int]:
 
 
 def _on_lattice(
-    views: StackedViews, geometry: CropGeometry, groups: Sequence[StackedPairs]
+    views: StackedViews, geometry: CropGeometry, groups: Sequence[StackedPairs], limit: float
 ) -> list[Found]:
     """The matches of each group on the lattices of its teacher views."""
     maps = cell_maps(geometry.matrix, geometry.source_size, views.grids)
@@ -272,16 +270,18 @@ def _on_lattice(
     for group in groups:
         lattices, grid = teachers[group.teachers], views.stacks[group.teachers].grid
         _refuse_unserved(lattices, group)
-        found.append(nearest_on_lattice(students[group.students], lattices, group.slots, grid))
+        blocks = nearest_on_lattice(students[group.students], lattices, group.slots, grid)
+        found.append([(index, cost < limit, cost.to(group.dtype)) for index, cost in blocks])
     return found
 
 
 def _on_aligned_lattice(
-    views: StackedViews, geometry: CropGeometry, groups: Sequence[StackedPairs]
+    views: StackedViews, geometry: CropGeometry, groups: Sequence[StackedPairs], limit: float
 ) -> list[Found]:
     """As `_on_lattice`, where all views are crops and flips: a row and a column at a time."""
     matrix, _, source_size = geometry
     refuse_bad_values(views, matrix.new_ones(matrix.shape[:2], dtype=torch.bool))
+    bound = limit * limit or math.ulp(0.0)  # above 0, as the limit is
     starts = [stack.start for stack in views.stacks]
     slots = [
         (starts[group.students] + v, starts[group.teachers] + q)
@@ -294,7 +294,13 @@ def _on_aligned_lattice(
     for group in groups:
         stop = start + len(group.slots)
         grids = (views.stacks[side].grid for side in (group.students, group.teachers))
-        found.append(pairs.blocks(start, stop, *grids))
+        found.append(
+            [
+                # the root of what is rounded already: half the time
+                (index, squared < bound, squared.to(group.dtype).sqrt_())
+                for index, squared in pairs.blocks(start, stop, *grids)
+            ]
+        )
         start = stop
     return found
 
@@ -327,12 +333,17 @@ def _refuse_unless(good: Tensor, name: str, what: str) -> None:
 
 
 def _by_search(
-    views: StackedViews, geometry: CropGeometry, groups: Sequence[StackedPairs]
+    views: StackedViews, geometry: CropGeometry, groups: Sequence[StackedPairs], limit: float
 ) -> list[Found]:
     """The matches of each group by looking at all teacher tokens."""
     refuse_bad_values(views, sound_matrix(geometry.matrix))
     sides = [search_views(stacked_part(stack, geometry), stack.grid) for stack in views.stacks]
     return [
-        nearest_by_search(sides[group.students], sides[group.teachers], group.slots)
+        [
+            (index, cost < limit, cost.to(group.dtype))
+            for index, cost in nearest_by_search(
+                sides[group.students], sides[group.teachers], group.slots
+            )
+        ]
         for group in groups
     ]

@@ -33,7 +33,7 @@ def assert_same(one, two):
         torch.testing.assert_close(matches.cost, other.cost, rtol=ulp, atol=1e-10)
 
 
-@given(st.data(), st.sampled_from([0.5, None]))
+@given(st.data(), st.sampled_from([0.5, None, 0.3, 1e-200, 1e200]))
 def test_mixed_grids_are_as_token_by_token(data, limit):
     """Non-square grids of different sizes, padding, flips, views that hardly overlap."""
     b = data.draw(st.integers(2, 3))
