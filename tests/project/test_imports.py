@@ -22,7 +22,7 @@ LAYERS = (
     ("footprints",),
     ("distributed",),
     ("transforms", "kernels", "masking"),
-    ("matching", "targets", "heads", "layer_heads", "teacher", "schedules"),
+    ("matching", "targets", "heads", "layer_heads", "neighbour_sampler", "teacher", "schedules"),
     ("losses",),
     ("recipes",),
     ("_token_grids",),  # a part of backbones in a file of its own

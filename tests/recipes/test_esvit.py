@@ -1,0 +1,97 @@
+"""The recipe `esvit` against the authors' code, and what any loop may do with it."""
+
+import copy
+
+import pytest
+import torch
+from helpers.recipe_views import gradient_numbers, leaves, views
+
+from local_distill import ConfigError, ShapeError
+from local_distill.recipes import esvit
+
+# Loss, then the gradient's numbers (global and token logits of each view), of microsoft/esvit's
+# DDINOLoss in float64: two steps, the second with the centers that the first left; 4 student views,
+# 2 teacher views, τ_t = 0.05.
+GOLDEN = [
+    (
+        28.383397941756453,
+        [1.29961072321, -0.534994406555, -1.35745268875, 0.698276574781, 0.877030030552,
+         -1.00711793813, -0.225926345741, 0.463097695143],
+    ),
+    (
+        27.95951776698683,
+        [1.33690080019, -0.733731746069, -1.17671546996, 0.499219513293, 0.849615998432,
+         -0.284741982443, 1.21891915729, 0.0352555452641],
+    ),
+]  # fmt: skip
+
+
+def test_loss_and_gradient_are_those_of_the_published_code():
+    loss = esvit(6).double()
+    for phase, (value, gradient) in zip((0.0, 0.7), GOLDEN, strict=True):
+        student, teacher = views(4, 6, phase=phase, grad=True), views(2, 6, phase=phase + 100)
+        terms = loss(student, teacher, teacher_temp=0.05)
+        terms.loss.backward()
+        assert float(terms.loss.detach()) == pytest.approx(value, rel=1e-6)
+        assert gradient_numbers(leaves(student)) == pytest.approx(gradient, rel=1e-6)
+
+
+def test_regions_answer_by_their_features():
+    student, teacher = views(3, 6), views(2, 6, phase=100)
+    matches = esvit(6)(student, teacher, teacher_temp=0.05).matches
+    assert sorted(matches) == [(0, 1), (1, 0), (2, 0), (2, 1)]
+    for (v, q), found in matches.items():
+        one, two = (x.tokens.features / x.tokens.features.norm(dim=-1, keepdim=True)
+                    for x in (student[v], teacher[q]))  # fmt: skip
+        assert torch.equal(found.teacher_index[..., 0], (one @ two.mT).argmax(-1))
+
+
+def test_teacher_receives_no_gradient():
+    loss = esvit(6)
+    student, teacher = views(3, 6, grad=True), views(2, 6, phase=9, grad=True)
+    loss(student, teacher, teacher_temp=0.05).loss.backward()
+    assert all(x.grad is None for x in leaves(teacher))
+    assert all(x.grad.abs().sum() > 0 for x in leaves(student))
+
+
+@pytest.mark.parametrize(("students", "teachers"), [(2, 2), (4, 2), (1, 2), (2, 3), (4, 1)])
+def test_any_number_of_views(students, teachers):
+    student, teacher = views(students, 6, grad=True), views(teachers, 6, phase=9)
+    terms = esvit(6)(student, teacher, teacher_temp=0.05)
+    assert terms.loss.isfinite()
+    assert terms.loss > 0
+    expected = students * teachers - min(students, teachers)
+    assert len(terms.matches) == expected
+    torch.testing.assert_close(terms.loss, 0.5 * terms.global_loss + 0.5 * terms.local_loss)
+
+
+def test_state_goes_through_a_checkpoint():
+    loss, later = esvit(6), esvit(6)
+    student, teacher = views(3, 6), views(2, 6, phase=9)
+    loss(student, teacher, teacher_temp=0.05)
+    later.load_state_dict(loss.state_dict())
+    centers = [loss.global_loss.targets.center, loss.local_loss.targets.center]
+    assert not torch.equal(*centers)
+    assert all(center.abs().sum() > 0 for center in centers)
+    step = loss.eval()(student, teacher, teacher_temp=0.05).loss
+    for other in (later, copy.deepcopy(loss)):
+        assert torch.equal(step, other.eval()(student, teacher, teacher_temp=0.05).loss)
+
+
+def test_settings_reach_the_parts():
+    loss = esvit(7, student_temp=0.2, center_momentum=0.5)
+    for part in (loss.global_loss, loss.local_loss):
+        assert part.student_temp == 0.2
+        assert (part.targets.num_prototypes, part.targets.momentum) == (7, 0.5)
+
+
+def test_bad_input_is_refused():
+    view = views(2, 6)
+    bare = [x._replace(token_logits=None) for x in view]
+    with pytest.raises(ShapeError, match="token_logits"):
+        esvit(6)(bare, bare, teacher_temp=0.05)
+    blind = [x._replace(tokens=x.tokens._replace(features=None)) for x in view]
+    with pytest.raises(ShapeError, match="features"):
+        esvit(6)(blind, blind, teacher_temp=0.05)
+    with pytest.raises(ConfigError, match="momentum"):
+        esvit(6, center_momentum=1.0)
