@@ -34,4 +34,6 @@ def unit_directions(values: Tensor, source: torch.dtype | None = None) -> tuple[
     divisor = largest.clamp_min(4 / torch.finfo(source or values.dtype).max)
     scaled = torch.where(some, wide, 1.0) / torch.where(some, divisor, 1.0)
     length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    return torch.where(some, scaled / length.clamp_min(1.0), 0.0), some[..., 0]
+    # Not clamp_min, which has no gradient at 1: the length of a row with a single entry.
+    length = torch.where(length < 1.0, 1.0, length)
+    return torch.where(some, scaled / length, 0.0), some[..., 0]
