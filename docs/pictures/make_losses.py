@@ -8,6 +8,8 @@ import torch
 from matplotlib.patches import Circle, FancyArrowPatch, Rectangle
 
 from local_distill import (
+    CrossImageQueue,
+    JointClusters,
     KeepBest,
     NearestMatcher,
     RadiusMatcher,
@@ -19,6 +21,7 @@ from local_distill import (
     token_centers,
 )
 from local_distill.masking import random_block_mask
+from local_distill.neighbour_sampler import NeighbourSampler
 from local_distill.viz import new_figure
 
 SOURCE = (100, 140)  # height, width of the source that both views are cut from
@@ -338,8 +341,141 @@ def regularisers(path):
     figure.savefig(path / "loss-regularisers.png", dpi=100)
 
 
+def tint(features):
+    """The colour of features that a colour minus a half was made into, as `Picture` draws it."""
+    return tuple((0.35 + 0.6 * (features + 0.5).clamp(0, 1)).tolist())
+
+
+def square(ax, left, top, color, size=0.8, **look):
+    look = {"edgecolor": "white", "linewidth": 1, **look}
+    ax.add_patch(Rectangle((left, top), size, size, facecolor=color, **look))
+
+
+def letters(view, label):
+    """Each cell's cluster, and lines between cells of different ones."""
+    for token in range(16):
+        x, y = view.center(token)
+        view.ax.text(x, y, "abcd"[label[token]], ha="center", va="center", fontsize=9)
+        row, col = divmod(token, 4)
+        if col < 3 and label[token] != label[token + 1]:
+            view.ax.plot([x + 0.5] * 2, [y - 0.5, y + 0.5], color="0.1", linewidth=1.8)
+        if row < 3 and label[token] != label[token + 4]:
+            view.ax.plot([x - 0.5, x + 0.5], [y + 0.5] * 2, color="0.1", linewidth=1.8)
+
+
+def croc(path):
+    figure = new_figure(9, 2.9)
+    left, right = figure.subplots(1, 2, width_ratios=(13.6, 9.4))
+    views = Picture(left, STUDENT_BOX, 0, "one view"), Picture(left, TEACHER_BOX, 9.2, "the other")
+    features = [(one.colors - 0.5)[None].float() for one in views]
+    clusters = JointClusters(position_weight=1.0)(
+        *(one.tokens(feature) for one, feature in zip(views, features, strict=True)),
+        generator=torch.Generator().manual_seed(2),
+    )
+    objects = [part.pool(one)[0] for part, one in zip(clusters, features, strict=True)]
+    shared = clusters[0].valid[0].nonzero().flatten().tolist()
+    for view, part in zip(views, clusters, strict=True):
+        letters(view, part.assignment[0].argmax(-1).tolist())
+    for side, (column, name) in enumerate(((4.7, "student"), (7.7, "teacher"))):
+        left.text(column + 0.4, -0.25, name, ha="center", va="bottom", fontsize=8)
+        for cluster in shared:
+            square(left, column, 0.1 + cluster, tint(objects[side][cluster]))
+            left.text(column + 0.4, 0.5 + cluster, "abcd"[cluster], ha="center", va="center")
+    for cluster in shared:
+        arrow(left, (5.6, 0.5 + cluster), (7.6, 0.5 + cluster), color=GREEN, linewidth=1.4)
+    clean(left, 13.5, 4.2, "CrOC: clusters that two views share")
+
+    draw = torch.Generator().manual_seed(4)
+    stored, again = (torch.rand(6, 1, 3, generator=draw) - 0.5 for _ in range(2))
+    # Four rows that are like the objects; one of them was something else in the other view.
+    for row, ours, theirs in ((0, 2, 2), (2, 0, 0), (3, 3, 3), (5, 1, 3)):
+        noise = 0.06 * torch.randn(2, 3, generator=draw)
+        stored[row, 0] = objects[0][ours] + noise[0]
+        again[row, 0] = objects[1][theirs] + noise[1]
+    one, two = (Tokens(view[shared][None]) for view in objects)
+    queue = CrossImageQueue(num_images=6, num_objects=1, feature_dim=3)
+    queue.update(Tokens(stored), Tokens(again))
+    kept = queue(one, two).matched[0]
+    queue.cycle = None  # where those go that are not kept
+    row_of = queue(one, two).teacher_index[0, :, 0].tolist()
+    unit = torch.nn.functional.normalize
+    home = (unit(queue.rows(1), dim=-1) @ unit(two.features[0], dim=-1).mT).argmax(-1).tolist()
+    for row in range(6):
+        square(right, 3.5, row * 0.68, tint(stored[row, 0]), 0.6)
+        square(right, 4.2, row * 0.68, tint(again[row, 0]), 0.6)
+    for side, column in enumerate((0.0, 7.5)):
+        for place, cluster in enumerate(shared):
+            square(right, column, 0.1 + place, tint(objects[side][cluster]))
+            right.text(column + 0.4, 0.5 + place, "abcd"[cluster], ha="center", va="center")
+    for place, row in enumerate(row_of):
+        look = {"color": GREEN} if bool(kept[place]) else {"color": RED, "linestyle": "--"}
+        arrow(right, (0.9, 0.5 + place), (3.45, row * 0.68 + 0.3), **look)
+        arrow(right, (4.85, row * 0.68 + 0.3), (7.45, 0.5 + home[row]), **look)
+    for x, name in ((0.4, "one view"), (4.15, "queue, both views"), (7.9, "the other")):
+        right.text(x, -0.25, name, ha="center", va="bottom", fontsize=8)
+    clean(right, 8.8, 4.2, "CrIBo: objects of other images")
+    right.set_xlim(-0.6, 8.8)
+    figure.savefig(path / "loss-croc.png", dpi=100)
+
+
+def adasim(path):
+    figure = new_figure(8, 3)
+    ax = figure.subplots()
+    draw = torch.Generator().manual_seed(1)
+    places = torch.rand(8, 3, generator=draw) - 0.5
+    steady, moving, votes = 2, 5, 4
+    sampler = NeighbourSampler(8, feature_dim=3, top_k=3, votes=votes, temp=0.15)
+    spread = torch.full((8, 1), 0.04)
+    spread[moving] = 0.6
+    for _ in range(votes + 1):  # in the first there is nothing to vote for
+        noise = torch.randn(8, 3, generator=draw)
+        sampler.observe(torch.arange(8), places + spread * noise)
+        sampler.end_epoch()
+    ring = [(votes + 1 + epoch) % votes for epoch in range(votes)]  # the oldest first
+
+    def image(number, of, left, top, size):
+        own = {"edgecolor": "0.1", "linewidth": 1.6, "zorder": 3} if number == of else {}
+        square(ax, left, top, tint(places[number]), size, **own)
+
+    for index, (who, top) in enumerate(((steady, 0.0), (moving, 3.4))):
+        image(who, who, 0.2, top + 0.55, 1.3)
+        sums = torch.zeros(8)
+        for column, epoch in enumerate(ring):
+            for rank, (other, weight) in enumerate(
+                zip(
+                    sampler.vote_index[epoch, who].tolist(),
+                    sampler.vote_similarity[epoch, who].tolist(),
+                    strict=True,
+                )
+            ):
+                image(other, who, 3 + column, top + rank * 0.85, 0.75)
+                sums[other] += weight
+        for rank, other in enumerate(sums.argsort(descending=True)[:3].tolist()):
+            image(other, who, 8.2, top + rank * 0.85, 0.75)
+            length = max(float(sums[other]), 0) / votes * 3
+            ax.add_patch(Rectangle((9.1, top + 0.2 + rank * 0.85), length, 0.35, facecolor=GREY))
+        found = sampler.distribution(torch.tensor([who]))
+        shown = 3 if bool(found.adaptive[0]) else 1
+        for rank in range(shown):
+            line = top + (rank if shown == 3 else 1) * 0.85
+            image(int(found.candidates[0, rank]), who, 14.2, line, 0.75)
+            share = float(found.probs[0, rank])
+            ax.text(15.2, line + 0.38, f"{share:.0%}", va="center", fontsize=9)
+        arrow(ax, (12.6, top + 1.2), (13.8, top + 1.2))
+        if index == 0:
+            for x, name in (
+                (0.85, "image"),
+                (4.9, "votes of four epochs"),
+                (10.2, "their mean"),
+                (15.0, "second view of"),
+            ):
+                ax.text(x, -0.25, name, ha="center", va="bottom", fontsize=9)
+    clean(ax, 17, 6.1)
+    figure.savefig(path / "loss-adasim.png", dpi=100)
+
+
 def main(path):
-    for draw in (glsd, ibot, densecl, pixpro, vicregl, sdssl, regularisers):
+    for draw in (glsd, ibot, densecl, pixpro, vicregl, sdssl, regularisers, croc, adasim):
         draw(path)
 
 
