@@ -102,6 +102,14 @@ def check_positive(name: str, value: float) -> float:
     return float(value)
 
 
+def check_weight(name: str, value: float) -> float:
+    """Return a finite number that is not negative."""
+    # a comparison, for the graph's sake, as above
+    if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+        raise ConfigError(f"`{name}` must be a finite number of at least 0, got {value!r}")
+    return float(value)
+
+
 def check_at_least(name: str, value: int, least: int) -> int:
     """Return a whole number that is not below ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

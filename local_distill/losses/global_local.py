@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from local_distill._check import check_sequence
+from local_distill._check import check_sequence, check_weight
 from local_distill.errors import ConfigError, ShapeError
 from local_distill.losses.global_distillation import GlobalDistillationLoss
 from local_distill.losses.local_distillation import LocalDistillationLoss
@@ -83,9 +82,6 @@ class GlobalLocalDistillationLoss(nn.Module):
         local_weight: float = 0.5,
     ) -> None:
         super().__init__()
-        for name, weight in (("global_weight", global_weight), ("local_weight", local_weight)):
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ConfigError(f"`{name}` must be a finite number of at least 0, got {weight!r}")
         if global_loss.targets is local_loss.targets:
             raise ConfigError(
                 "`global_loss` and `local_loss` share one `targets` object, so that each would "
@@ -94,8 +90,8 @@ class GlobalLocalDistillationLoss(nn.Module):
         self.global_loss = global_loss
         self.local_loss = local_loss
         self.matcher = matcher
-        self.global_weight = global_weight
-        self.local_weight = local_weight
+        self.global_weight = check_weight("global_weight", global_weight)
+        self.local_weight = check_weight("local_weight", local_weight)
 
     def forward(
         self,

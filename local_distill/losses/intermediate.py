@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from local_distill._check import Axes, check_at_least, check_floating, check_sequence
+from local_distill._check import Axes, check_at_least, check_floating, check_sequence, check_weight
 from local_distill.errors import ConfigError, ShapeError
 from local_distill.losses._pairs import Pair
 from local_distill.losses.pairwise_objective import PairwiseObjective
@@ -94,7 +93,7 @@ class IntermediateDistillationLoss(nn.Module):
         self.depth = check_at_least("depth", depth, 1)
         self.layer_weights = _normalized(layer_weights, depth - 1)
         weight = float(depth) if detached_weight is None else detached_weight
-        self.detached_weight = _check_amount("detached_weight", weight)
+        self.detached_weight = check_weight("detached_weight", weight)
 
     def forward(
         self,
@@ -122,7 +121,7 @@ class IntermediateDistillationLoss(nn.Module):
             ShapeError: axes that do not fit, a number of layers that is not ``depth``.
             ConfigError: a ratio that is negative or not finite.
         """
-        ratio = _check_amount("ratio", ratio)
+        ratio = check_weight("ratio", ratio)
         check_sequence("teacher_last", teacher_last, "a tensor")
         self._check_layers("student_layers", student_layers, matches is not None)
         last = self._per_layer(_part(student_layers, slice(-1, None)), teacher_last, matches)[0]
@@ -215,18 +214,11 @@ def _check_same(
             )
 
 
-def _check_amount(name: str, value: float) -> float:
-    # not math.isfinite, which has no graph for a number that changes from step to step
-    if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
-        raise ConfigError(f"`{name}` must be a finite number of at least 0, got {value!r}")
-    return float(value)
-
-
 def _normalized(weights: Sequence[float] | None, layers: int) -> tuple[float, ...]:
     """The weights of the lower layers, brought to a mean of 1."""
     if weights is None:
         return (1.0,) * layers
-    given = [_check_amount("layer_weights", weight) for weight in weights]
+    given = [check_weight("layer_weights", weight) for weight in weights]
     if len(given) != layers or (layers and sum(given) == 0):
         raise ConfigError(
             f"`layer_weights` must have one weight for each of the {layers} lower layers, not all "

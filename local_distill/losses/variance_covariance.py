@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -15,9 +14,10 @@ from local_distill._check import (
     check_positive,
     check_sequence,
     check_view_pairs,
+    check_weight,
 )
 from local_distill._precision import at_least_float32
-from local_distill.errors import ConfigError, ShapeError
+from local_distill.errors import ShapeError
 from local_distill.losses._batch_statistics import (
     all_reduce_sum_with_gradient,
     batch_covariance,
@@ -254,13 +254,6 @@ class VICRegLoss(nn.Module):
             f"covariance_weight={self.covariance_weight}, target_std={self.target_std}, "
             f"eps={self.eps}"
         )
-
-
-def check_weight(name: str, value: float) -> float:
-    """Return a finite number that is not negative."""
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
-        raise ConfigError(f"`{name}` must be a finite number of at least 0, got {value!r}")
-    return float(value)
 
 
 def weighted_invariance(x: Tensor, y: Tensor, weight: Tensor, processes: Processes) -> Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from local_distill._check import check_at_least, check_positive, values_visible
+from local_distill._check import check_at_least, check_positive, check_weight, values_visible
 from local_distill._geometric_inputs import geometric_inputs
 from local_distill._precision import no_autocast
 from local_distill.errors import ConfigError, ShapeError
@@ -51,14 +50,7 @@ def check_clustering(
     position_weight: float, epsilon: float, sinkhorn_iterations: int, cost_scale: str
 ) -> tuple[float, float]:
     """The settings that the joint clusterings share, checked."""
-    if not (
-        isinstance(position_weight, (int, float))
-        and math.isfinite(position_weight)
-        and position_weight >= 0
-    ):
-        raise ConfigError(
-            f"`position_weight` must be a finite number of at least 0, got {position_weight!r}"
-        )
+    check_weight("position_weight", position_weight)
     check_at_least("sinkhorn_iterations", sinkhorn_iterations, 1)
     if cost_scale not in ("image", "batch"):
         raise ConfigError(f'`cost_scale` must be "image" or "batch", got {cost_scale!r}')

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from local_distill._check import check_at_least, check_positive
+from local_distill._check import check_at_least, check_positive, check_weight
 from local_distill._geometric_inputs import geometric_inputs
 from local_distill._precision import no_autocast
-from local_distill.errors import ConfigError
 from local_distill.geometry import wide_centers, wide_diagonals
 from local_distill.kernels import block_length
 from local_distill.kernels.log_sinkhorn import log_sinkhorn, log_uniform
@@ -151,15 +148,8 @@ class SinkhornMatcher(nn.Module):
 
 def _check_settings(epsilon: float, iterations: int, distance_weight: float) -> tuple[float, float]:
     check_at_least("iterations", iterations, 1)
-    if not (
-        isinstance(distance_weight, (int, float))
-        and math.isfinite(distance_weight)
-        and distance_weight >= 0
-    ):
-        raise ConfigError(
-            f"`distance_weight` must be a finite number of at least 0, got {distance_weight!r}"
-        )
-    return check_positive("epsilon", epsilon), float(distance_weight)
+    weight = check_weight("distance_weight", distance_weight)
+    return check_positive("epsilon", epsilon), weight
 
 
 def _places(student: Tokens, teacher: Tokens) -> tuple[Tensor, Tensor, Tensor, Tensor]:

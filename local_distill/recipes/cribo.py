@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from local_distill._check import Axes, check_positive, check_sequence
+from local_distill._check import Axes, check_positive, check_sequence, check_weight
 from local_distill.errors import ConfigError, ShapeError
 from local_distill.losses._pairs import Processes, paired_cross_entropy
 from local_distill.losses.global_distillation import GlobalDistillationLoss
@@ -117,11 +116,7 @@ class Cribo(nn.Module):
             ConfigError: a temperature not above 0, a weight below 0.
             GeometryError: as `nearest_matches`.
         """
-        if not (isinstance(neighbour_weight, (int, float)) and 0 <= neighbour_weight < math.inf):
-            raise ConfigError(
-                f"`neighbour_weight` must be a finite number of at least 0, got "
-                f"{neighbour_weight!r}"
-            )
+        check_weight("neighbour_weight", neighbour_weight)
         logits, tokens = _parts("student", student)
         teacher_logits, teacher_tokens = _parts("teacher", teacher)
         whole = self.global_loss(logits, teacher_logits, teacher_temp=teacher_temp)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import nn
 
-from local_distill._check import check_fraction
+from local_distill._check import check_fraction, check_weight
 from local_distill.errors import ConfigError
 from local_distill.losses.dense_contrastive import DenseContrastiveLoss
 from local_distill.losses.global_contrastive import GlobalContrastiveLoss
@@ -52,9 +51,6 @@ class DenseclLoss(nn.Module):
         local_weight: float = 0.5,
     ) -> None:
         super().__init__()
-        for name, weight in (("global_weight", global_weight), ("local_weight", local_weight)):
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ConfigError(f"`{name}` must be a finite number of at least 0, got {weight!r}")
         if global_loss.queue is dense_loss.queue:
             raise ConfigError(
                 "`global_loss` and `dense_loss` share one `queue`, whose keys are of whole views or"
@@ -63,8 +59,8 @@ class DenseclLoss(nn.Module):
         self.global_loss = global_loss
         self.dense_loss = dense_loss
         self.matcher = matcher
-        self.global_weight = global_weight
-        self.local_weight = local_weight
+        self.global_weight = check_weight("global_weight", global_weight)
+        self.local_weight = check_weight("local_weight", local_weight)
 
     def forward(
         self, student: Sequence[ViewOutput], teacher: Sequence[ViewOutput]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from local_distill._check import check_sequence
+from local_distill._check import check_sequence, check_weight
 from local_distill.errors import ConfigError, ShapeError
 from local_distill.losses.global_distillation import GlobalDistillationLoss
 from local_distill.losses.global_local import DistillationTerms
@@ -49,9 +48,6 @@ class IbotLoss(nn.Module):
         local_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        for name, weight in (("global_weight", global_weight), ("local_weight", local_weight)):
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ConfigError(f"`{name}` must be a finite number of at least 0, got {weight!r}")
         if global_loss.targets is masked_loss.targets:
             raise ConfigError(
                 "`global_loss` and `masked_loss` share one `targets` object, so that each would "
@@ -59,8 +55,8 @@ class IbotLoss(nn.Module):
             )
         self.global_loss = global_loss
         self.masked_loss = masked_loss
-        self.global_weight = global_weight
-        self.local_weight = local_weight
+        self.global_weight = check_weight("global_weight", global_weight)
+        self.local_weight = check_weight("local_weight", local_weight)
 
     def forward(
         self,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from local_distill.errors import ConfigError
+from local_distill._check import check_weight
 from local_distill.losses.global_local import DistillationTerms
 from local_distill.losses.pixel_propagation import PixelConsistencyLoss, PixelPropagation
 from local_distill.matching.radius import RadiusMatcher
@@ -52,14 +51,11 @@ class PixproLoss(nn.Module):
         local_weight: float = 4.0,
     ) -> None:
         super().__init__()
-        for name, weight in (("global_weight", global_weight), ("local_weight", local_weight)):
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ConfigError(f"`{name}` must be a finite number of at least 0, got {weight!r}")
         self.propagation = propagation
         self.consistency = consistency
         self.matcher = matcher
-        self.global_weight = global_weight
-        self.local_weight = local_weight
+        self.global_weight = check_weight("global_weight", global_weight)
+        self.local_weight = check_weight("local_weight", local_weight)
 
     def forward(
         self, student: Sequence[ViewOutput], teacher: Sequence[ViewOutput]
