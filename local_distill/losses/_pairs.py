@@ -37,6 +37,16 @@ class Processes(NamedTuple):
     def size(self) -> int:
         return world_size(self.group) if self.active else 1
 
+    def whole_batch(self, total: Tensor) -> Tensor:
+        """The whole batch's value with this rank's share of its gradient.
+
+        Times the number of processes, because data-parallel wrappers average gradients.
+        """
+        if self.size == 1:
+            return total
+        share = total * self.size
+        return share + (self.sum(total) - share).detach()
+
 
 def check_normalize(value: str) -> Normalize:
     """Return a known normalisation."""
@@ -52,8 +62,20 @@ def check_pairs(
     student_logits: Sequence[Tensor | None],
     teacher_logits: Sequence[Tensor | None],
     matches: Mapping[Pair, Matches],
+    *,
+    names: tuple[str, str] = ("student_logits", "teacher_logits"),
+    last_axis: str = "c",
 ) -> None:
-    """Check all that the pairs name before anything is computed."""
+    """Check all that the pairs name before anything is computed.
+
+    Args:
+        student_logits: per view (b, s, c), or None.
+        teacher_logits: per view (b, t, c), or None.
+        matches: its keys are the pairs.
+        names: what messages call the two: features are checked alike.
+        last_axis: what they call the last axis.
+    """
+    ours, theirs = names
     for pair, found in matches.items():
         v, q = pair
         if not (0 <= v < len(student_logits) and 0 <= q < len(teacher_logits)):
@@ -62,13 +84,13 @@ def check_pairs(
                 f"{len(teacher_logits)} teacher views; keys are (student view, teacher view)"
             )
         axes = Axes()
-        student = axes.bind(f"student_logits[{v}]", student_logits[v], "b s c")
-        teacher = axes.bind(f"teacher_logits[{q}]", teacher_logits[q], "b t c")
-        check_floating(f"student_logits[{v}]", student)
-        check_floating(f"teacher_logits[{q}]", teacher)
+        student = axes.bind(f"{ours}[{v}]", student_logits[v], f"b s {last_axis}")
+        teacher = axes.bind(f"{theirs}[{q}]", teacher_logits[q], f"b t {last_axis}")
+        check_floating(f"{ours}[{v}]", student)
+        check_floating(f"{theirs}[{q}]", teacher)
         axes.bind(f"matches[{pair}].weight", found.weight, "b s k")
         index = axes.bind(f"matches[{pair}].teacher_index", found.teacher_index, "b s k")
-        check_index(f"matches[{pair}].teacher_index", index, f"teacher_logits[{q}]", axes["t"])
+        check_index(f"matches[{pair}].teacher_index", index, f"{theirs}[{q}]", axes["t"])
 
 
 def check_index(name: str, index: Tensor, of: str, tokens: int) -> None:
@@ -115,12 +137,7 @@ def paired_cross_entropy(
         total = blockwise_cross_entropy(views, targets, student_temp)
     else:
         total = plain_cross_entropy(views, targets, student_temp)
-    if processes.size == 1:
-        return total
-    # The whole batch's value with this rank's share of its gradient, times the number of processes
-    # because data-parallel wrappers average gradients.
-    share = total * processes.size
-    return share + (processes.sum(total) - share).detach()
+    return processes.whole_batch(total)
 
 
 def plain_cross_entropy(
@@ -163,15 +180,15 @@ def pair_scales(
     whole = processes.sum(torch.stack([widest(count) for count in counts]))
     scales: dict[Pair, Tensor] = {}
     for count, (pair, found) in zip(whole.unbind(), matches.items(), strict=True):
-        scale = _safe_inverse(count) / len(matches)
+        scale = safe_inverse(count) / len(matches)
         if normalize == "image":
-            scales[pair] = scale * _safe_inverse(widest(found.weight).sum((1, 2)))
+            scales[pair] = scale * safe_inverse(widest(found.weight).sum((1, 2)))
         else:
             scales[pair] = scale.expand(found.weight.shape[0])
     return scales
 
 
-def _safe_inverse(values: Tensor) -> Tensor:
+def safe_inverse(values: Tensor) -> Tensor:
     """1 / values, and 0 where there is nothing to divide by; NaN stays NaN, to be seen."""
     none = values == 0
     return torch.where(none, 0.0, 1.0 / torch.where(none, 1.0, values))

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from local_distill._precision import widest
-from local_distill.losses._pairs import Pair, Processes
+from local_distill.losses._pairs import Pair, Processes, safe_inverse
 from local_distill.losses._view_rows import ViewRows, nothing_to_compare, view_rows
 from local_distill.structures import Matches
 
@@ -136,16 +136,10 @@ class PairwiseObjective(nn.Module, ABC):
         processes = Processes(self.training and torch.is_grad_enabled(), self.process_group)
         losses = self.pair_losses(rows, processes)
         masses = processes.sum(torch.stack([widest(mass).sum() for mass in rows.mass.values()]))
-        some = masses != 0
-        scales = torch.where(some, 1.0 / torch.where(some, masses, 1.0), 0.0)
+        scales = safe_inverse(masses)
         parts = [
             (rows.mass[pair] * loss).sum((1, 2)) * scale.to(loss.dtype)
             for scale, (pair, loss) in zip(scales.unbind(), losses.items(), strict=True)
         ]
         total = torch.stack(parts).sum(0) * self.factor(len(parts))
-        if processes.size == 1:
-            return total
-        # The whole batch's value with this rank's share of its gradient, times the number of
-        # processes because data-parallel wrappers average gradients.
-        share = total * processes.size
-        return share + (processes.sum(total) - share).detach()
+        return processes.whole_batch(total)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from local_distill._check import Axes, check_at_least, check_floating, check_positive
 from local_distill._precision import at_least_float32, no_autocast
 from local_distill.errors import ShapeError
-from local_distill.losses._matched_features import check_feature_pairs, whole_batch
+from local_distill.losses._matched_features import check_feature_pairs
 from local_distill.losses._pairs import (
     Normalize,
     Pair,
@@ -264,7 +264,7 @@ def _paired_cosines(
         total = part if total is None else total + part
     if total is None:
         total = graph_zero(student)
-    return whole_batch(total, processes)
+    return processes.whole_batch(total)
 
 
 @torch.no_grad()
