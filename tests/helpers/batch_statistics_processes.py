@@ -3,14 +3,12 @@
 import functools
 import json
 import os
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from helpers.processes import said_by_all
 from local_distill import Matches
 from local_distill.losses.gram import GramAnchoringLoss
 from local_distill.losses.koleo import KoLeoLoss
@@ -89,29 +87,7 @@ def run(name, total, mine):
 @functools.cache  # to start processes takes longer than all that they do
 def results_of(ranks, cases):
     """Of each case (loss, sizes of the ranks' batches) what every rank says."""
-    with tempfile.TemporaryDirectory() as folder:
-        # A file to meet at: a free port may be taken before it is used, and its server goes with
-        # the first process that ends.
-        settings = {"ranks": ranks, "cases": cases, "meeting": (Path(folder) / "store").as_uri()}
-        workers = [
-            subprocess.Popen(
-                [sys.executable, __file__, json.dumps(settings | {"rank": rank})],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
-        said = []
-        try:
-            for worker in workers:
-                out, err = worker.communicate(timeout=120)
-                assert worker.returncode == 0, err
-                said.append(json.loads(out.splitlines()[-1]))
-        finally:  # nobody is left waiting for one that failed
-            for worker in workers:
-                worker.kill()
-                worker.communicate()
+    said = said_by_all(__file__, ranks, ranks=ranks, cases=cases)
     return dict(zip(cases, zip(*said, strict=True), strict=True))
 
 

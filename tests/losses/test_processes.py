@@ -1,14 +1,11 @@
 """Several processes are one: loss, gradient and centers as of the whole batch."""
 
 import functools
-import json
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import said_by_all
 
 from local_distill import Centering, GlobalDistillationLoss, LocalDistillationLoss, Matches
 
@@ -49,29 +46,7 @@ CASES = [
 def results_of(ranks):
     """The cases of so many processes, and of each case what every rank says."""
     cases = [case for case in CASES if len(case[0]) == ranks]
-    with tempfile.TemporaryDirectory() as folder:
-        # A file to meet at: a free port may be taken before it is used, and its server goes with
-        # the first process that ends.
-        settings = {"ranks": ranks, "cases": cases, "meeting": (Path(folder) / "store").as_uri()}
-        workers = [
-            subprocess.Popen(
-                [sys.executable, str(SCRIPT), json.dumps(settings | {"rank": rank})],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
-        said = []
-        try:
-            for worker in workers:
-                out, err = worker.communicate(timeout=120)
-                assert worker.returncode == 0, err
-                said.append(json.loads(out.splitlines()[-1]))
-        finally:  # nobody is left waiting for one that failed
-            for worker in workers:
-                worker.kill()
-                worker.communicate()
+    said = said_by_all(SCRIPT, ranks, ranks=ranks, cases=cases)
     return cases, list(zip(*said, strict=True))
 
 

@@ -2,14 +2,11 @@
 
 import functools
 import importlib.util
-import json
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import said_by_all
 
 WORKER = Path(__file__).with_name("view_objectives_worker.py")
 
@@ -24,28 +21,7 @@ def worker_module():
 
 @functools.cache  # one spawn for all: to start processes takes longer than all that they do
 def processes():
-    with tempfile.TemporaryDirectory() as folder:
-        meeting = (Path(folder) / "store").as_uri()
-        workers = [
-            subprocess.Popen(
-                [sys.executable, str(WORKER), json.dumps({"rank": rank, "meeting": meeting})],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(4)
-        ]
-        said = []
-        try:
-            for worker in workers:
-                out, err = worker.communicate(timeout=120)
-                assert worker.returncode == 0, err
-                said.append(json.loads(out.splitlines()[-1]))
-        finally:  # nobody is left waiting for one that failed
-            for worker in workers:
-                worker.kill()
-                worker.communicate()
-    return said
+    return said_by_all(WORKER, 4)
 
 
 def float64(rows):

@@ -1,15 +1,12 @@
 import copy
 import importlib.util
-import json
 import math
 import pickle
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import said_by_all
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -426,31 +423,6 @@ def test_bad_input_is_refused_by_name():
     )
 
 
-def run_processes(sizes):
-    with tempfile.TemporaryDirectory() as folder:
-        settings = {"sizes": sizes, "meeting": (Path(folder) / "store").as_uri()}
-        workers = [
-            subprocess.Popen(
-                [sys.executable, str(WORKER), json.dumps(settings | {"rank": rank})],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(len(sizes))
-        ]
-        results = []
-        try:
-            for worker in workers:
-                out, err = worker.communicate(timeout=120)
-                assert worker.returncode == 0, err
-                results.append(json.loads(out.splitlines()[-1]))
-        finally:  # nobody is left waiting for one that failed
-            for worker in workers:
-                worker.kill()
-                worker.communicate()
-    return results
-
-
 @pytest.mark.parametrize("sizes", [[3, 1], [4, 0]], ids=str)
 def test_queues_of_all_processes_are_that_of_one(sizes):
     spec = importlib.util.spec_from_file_location("queue_worker", WORKER)
@@ -461,7 +433,7 @@ def test_queues_of_all_processes_are_that_of_one(sizes):
         alone.update(Tokens(one), Tokens(two), valid=valid, image_id=ids)
     assert int(alone.skipped) > 0
     wanted = {name: part.tolist() for name, part in alone.state_dict().items()}
-    for result in run_processes(sizes):
+    for result in said_by_all(WORKER, len(sizes), sizes=sizes):
         assert result["state"] == wanted  # to the bit
         assert result["gathered"] == [[float(r)] * 2 for r, k in enumerate(sizes) for _ in range(k)]
         assert result["flags"] == [r == 1 for r, k in enumerate(sizes) for _ in range(k)]

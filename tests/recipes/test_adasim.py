@@ -2,14 +2,12 @@
 
 import copy
 import importlib.util
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import said_by_all
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -231,34 +229,12 @@ def test_the_sampler_watches_in_training_only():
     assert torch.equal(fresh.sampler.features, recipe.sampler.features)
 
 
-def test_processes_hold_the_state_of_one(tmp_path):
+def test_processes_hold_the_state_of_one():
     sizes = [6, 2, 0]
     spec = importlib.util.spec_from_file_location("sampler_worker", WORKER)
     alone = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(alone)
-    meeting = (tmp_path / "meeting").as_uri()
-    ranks = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(WORKER),
-                json.dumps({"sizes": sizes, "rank": rank, "meeting": meeting}),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(len(sizes))
-    ]
-    states = []
-    try:
-        for process in ranks:
-            out, err = process.communicate(timeout=120)
-            assert process.returncode == 0, err
-            states.append(json.loads(out.splitlines()[-1]))
-    finally:
-        for process in ranks:
-            process.kill()
+    states = said_by_all(WORKER, len(sizes), sizes=sizes)
     wanted = alone.observed(sizes).state_dict()
     for state in states:
         assert state == states[0]

@@ -3,15 +3,12 @@
 import copy
 import functools
 import importlib.util
-import json
 import math
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import said_by_all
 from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -308,27 +305,7 @@ def test_bad_settings_and_shapes_are_refused():
 def run_processes(cases):
     """What every rank says of every case."""
     ranks = len(cases[0][0])
-    with tempfile.TemporaryDirectory() as folder:
-        settings = {"ranks": ranks, "cases": cases, "meeting": (Path(folder) / "store").as_uri()}
-        workers = [
-            subprocess.Popen(
-                [sys.executable, str(WORKER), json.dumps(settings | {"rank": rank})],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(ranks)
-        ]
-        said = []
-        try:
-            for worker in workers:
-                out, err = worker.communicate(timeout=120)
-                assert worker.returncode == 0, err
-                said.append(json.loads(out.splitlines()[-1]))
-        finally:  # nobody is left waiting for one that failed
-            for worker in workers:
-                worker.kill()
-                worker.communicate()
+    said = said_by_all(WORKER, ranks, ranks=ranks, cases=cases)
     return list(zip(*said, strict=True))
 
 
