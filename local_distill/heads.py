@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from local_distill._check import check_at_least
+from local_distill._finite_sequential import FiniteSequential
 from local_distill._precision import at_least_float32
 from local_distill.errors import ShapeError
 
@@ -29,7 +30,9 @@ class ProjectionHead(nn.Module):
         hidden_dim: width of the hidden layers.
         bottleneck_dim: dimension before the prototypes.
         num_layers: linear layers of the MLP; 1: a single one, without a hidden layer.
-        batch_norm: BatchNorm after the hidden layers, which then have no bias.
+        batch_norm: BatchNorm after the hidden layers, which then have no bias. A batch that would
+            leave a running statistic not finite leaves all of them as they were, without a host
+            sync; ``mlp.skipped`` counts it.
         frozen_magnitude: keep every prototype's norm g at 1 instead of learning it; DINO's
             ``norm_last_layer``.
 
@@ -81,7 +84,7 @@ class ProjectionHead(nn.Module):
                 if batch_norm:
                     layers.append(nn.BatchNorm1d(after))
                 layers.append(nn.GELU())
-        self.mlp = nn.Sequential(*layers)
+        self.mlp = FiniteSequential(*layers) if batch_norm else nn.Sequential(*layers)
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
                 # About DINO's standard deviation of 0.02 at its 2,048 hidden units. At narrower

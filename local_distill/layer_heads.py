@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from local_distill._check import check_at_least
+from local_distill._finite_sequential import FiniteSequential
+from local_distill._precision import no_autocast
 from local_distill.errors import ConfigError, ShapeError
 
 __all__ = ["LayerHeads", "LayerOutputs"]
@@ -45,7 +47,9 @@ class LayerHeads(nn.Module):
     serves global tokens (b, d) and patch tokens (b, n, d); BatchNorm goes over all of them. On
     several processes convert with ``nn.SyncBatchNorm.convert_sync_batchnorm``, as published. MoCo
     v3's and BYOL's views go through one by one; SimCLR's together, as one batch, so that BatchNorm
-    takes its statistics over both. A teacher needs `project_last` alone.
+    takes its statistics over both. A teacher needs `project_last` alone. A pass of a projector or
+    predictor that would leave a running statistic not finite leaves all of its statistics as they
+    were, before and after that conversion, without a host sync; ``skipped`` counts it.
 
     Args:
         embed_dim: d of every layer's features, or one number a layer: Swin, ConvNeXt, ResNet.
@@ -141,7 +145,7 @@ class LayerHeads(nn.Module):
                 )
             flat.append(self._rows(f"layers[{position}]", features, position))
         projected = [project(rows) for project, rows in zip(self.projectors, flat, strict=True)]
-        projections = torch.stack(projected).reshape(self.depth, *leading, self.out_dim)
+        projections = _stacked(projected).reshape(self.depth, *leading, self.out_dim)
         if not self.predictors:
             return LayerOutputs(projections, projections, None)
         predictions = self._predict(projected).reshape(projections.shape)
@@ -156,12 +160,18 @@ class LayerHeads(nn.Module):
         projected: Tensor = self.projectors[-1](rows)
         return projected.reshape(*features.shape[:-1], self.out_dim)
 
+    @property
+    def skipped(self) -> Tensor:
+        """How many passes of a projector or predictor left its running statistics alone."""
+        heads = [*self.projectors, *self.predictors]
+        return torch.stack([head.get_buffer("skipped") for head in heads]).sum()
+
     def extra_repr(self) -> str:
         """The settings, for print."""
         return f"embed_dims={self.embed_dims}, depth={self.depth}, method={self.method!r}"
 
     def _predict(self, projected: Sequence[Tensor]) -> Tensor:
-        return torch.stack(
+        return _stacked(
             [predict(rows) for predict, rows in zip(self.predictors, projected, strict=True)]
         )
 
@@ -184,7 +194,13 @@ class LayerHeads(nn.Module):
         return any(isinstance(layer, nn.BatchNorm1d) for layer in self.modules())
 
 
-def _mlp(widths: Sequence[int], last_norm: bool) -> nn.Sequential:
+def _stacked(layers: Sequence[Tensor]) -> Tensor:
+    # Autocast to one half precision refuses to put tensors of the other one together.
+    with no_autocast(layers[0]):
+        return torch.stack(list(layers))
+
+
+def _mlp(widths: Sequence[int], last_norm: bool) -> FiniteSequential:
     layers: list[nn.Module] = []
     for position, (before, after) in enumerate(pairwise(widths)):
         # The BatchNorm behind would take a bias away; BYOL's last layer has none either.
@@ -193,4 +209,4 @@ def _mlp(widths: Sequence[int], last_norm: bool) -> nn.Sequential:
             layers += [nn.BatchNorm1d(after), nn.ReLU(inplace=True)]
         elif last_norm:
             layers.append(nn.BatchNorm1d(after, affine=False))
-    return nn.Sequential(*layers)
+    return FiniteSequential(*layers)

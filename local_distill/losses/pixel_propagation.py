@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from local_distill._check import Axes, check_at_least, check_floating, check_positive
+from local_distill._finite_sequential import FiniteSequential
 from local_distill._precision import at_least_float32, no_autocast
 from local_distill.errors import ShapeError
 from local_distill.losses._matched_features import check_feature_pairs
@@ -32,7 +33,9 @@ class PixelPropagation(nn.Module):
     .. math:: y_i = Σ_j max(cos(x_i, x_j), 0)^γ · g(x_j) / |g(x_j)|
 
     with g of ``num_layers`` linear layers, BatchNorm and ReLU between them. It stands between the
-    student's projector and the loss; the teacher has none.
+    student's projector and the loss; the teacher has none. A batch that would leave a running
+    statistic of g not finite leaves all of them as they were, without a host sync;
+    ``transform.skipped`` counts it.
 
     Args:
         dim: d, the features' dimension, and that of every layer of g.
@@ -77,7 +80,8 @@ class PixelPropagation(nn.Module):
             if layer:
                 layers += [nn.BatchNorm1d(dim), nn.ReLU()]
             layers.append(nn.Linear(dim, dim))
-        self.transform = nn.Sequential(*layers)
+        # A NaN must not stay in BatchNorm's statistics.
+        self.transform = FiniteSequential(*layers) if num_layers > 1 else nn.Sequential(*layers)
 
     def forward(self, features: Tensor) -> Tensor:
         """The propagated tokens.

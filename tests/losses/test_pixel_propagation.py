@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from helpers.feature_kit import feature_loss_test
-from helpers.feature_processes import results_of, run
 from helpers.strategies import matches_for
 from hypothesis import given
 from hypothesis import strategies as st
@@ -352,24 +351,3 @@ def test_what_does_not_fit_is_refused():
             PixelPropagation(5)(features)
     assert repr(PixelConsistencyLoss()) == "PixelConsistencyLoss(normalize='image')"
     assert "gamma=2.0, num_layers=1" in repr(PixelPropagation(5))
-
-
-CASES = tuple(
-    (f"pixel-{normalize}", sizes, -1) for normalize in NORMALIZATIONS for sizes in ((6, 2), (8, 0))
-)
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_processes_agree_with_one(case):
-    name, sizes, _ = case
-    results = results_of(CASES)[case]
-    whole = run(name, sum(sizes), slice(None))
-    for result in results:
-        assert result["value"] == pytest.approx(whole["value"], rel=1e-9)
-    assert results[0]["eval"] == pytest.approx(results[0]["alone"], rel=1e-12)
-    # gradients are averaged over the processes by data-parallel wrappers
-    shares = torch.cat(
-        [torch.tensor(r["gradient"], dtype=torch.float64).reshape(-1, 4, 3) for r in results]
-    )
-    wanted = torch.tensor(whole["gradient"], dtype=torch.float64)
-    torch.testing.assert_close(shares / len(sizes), wanted)

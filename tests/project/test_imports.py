@@ -15,7 +15,7 @@ PACKAGE = "local_distill"
 # Imports run from a later line to an earlier one. Rooms on one line do not import each other.
 LAYERS = (
     ("errors",),
-    ("_check", "_lazy", "_precision"),
+    ("_check", "_finite_sequential", "_lazy", "_precision"),
     ("structures",),
     ("geometry",),
     ("_geometric_inputs",),
