@@ -86,8 +86,8 @@ class NeighbourSampler(nn.Module):
         tensor([2])
 
     Source: "Adaptive Similarity Bootstrapping for Self-Distillation based Representation Learning"
-    (AdaSim, ICCV 2023, arXiv 2303.13606), section 3 and algorithm 1; the defaults are those of the
-    authors' code, where votes are averaged before the softmax.
+    (AdaSim, ICCV 2023, arXiv 2303.13606), algorithm 1; the defaults are those of the authors' code,
+    where votes are averaged before the softmax.
 
     Deviations from the authors' code: images without a feature yet are no candidates, theirs have
     features of 0; they enter the votes of theirs with a similarity of 0. Their votes are moved by

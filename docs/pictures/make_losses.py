@@ -98,6 +98,27 @@ def lines(student, teacher, matches):
         )
 
 
+def dino(path):
+    figure = new_figure(5.2, 4.0)
+    ax = figure.subplots()
+    whole = (STUDENT_BOX, TEACHER_BOX)
+    seen = [Picture(ax, box, 0, "", 3.0 * row, 0.6) for row, box in enumerate(whole)]
+    answers = [Picture(ax, box, 7.2, "", 3.0 * row, 0.6) for row, box in enumerate(whole)]
+    seen.append(Picture(ax, (52.0, 40.0, 84.0, 72.0), 0.6, "", 6.0, 0.3))
+    for x, name in ((1.2, "student sees"), (8.4, "teacher sees")):
+        ax.text(x, -0.25, name, ha="center", va="bottom", fontsize=9)
+    for place, view in enumerate(seen):
+        name, middle = "global" if place < 2 else "small", view.top + 2 * view.size
+        ax.text(-0.35, middle, name, ha="right", va="center", fontsize=8)
+        start = (view.left + 4 * view.size + 0.1, middle)
+        for other, answer in enumerate(answers):
+            if other != place:
+                arrow(ax, start, (answer.left - 0.1, answer.top + 2 * answer.size), color=GREEN)
+    clean(ax, 10.0, 7.6)
+    ax.set_xlim(-1.6, 10.0)
+    figure.savefig(path / "loss-dino.png", dpi=100)
+
+
 def glsd(path):
     figure = new_figure(8, 2.9)
     noise = torch.Generator().manual_seed(3)
@@ -475,7 +496,7 @@ def adasim(path):
 
 
 def main(path):
-    for draw in (glsd, ibot, densecl, pixpro, vicregl, sdssl, regularisers, croc, adasim):
+    for draw in (dino, glsd, ibot, densecl, pixpro, vicregl, sdssl, regularisers, croc, adasim):
         draw(path)
 
 

@@ -47,7 +47,7 @@ class GlobalContrastiveLoss(nn.Module):
         tensor(0.3133)
 
     Source: "Momentum Contrast for Unsupervised Visual Representation Learning" (MoCo, CVPR 2020),
-    equation 1; DenseCL (CVPR 2021), equation 1.
+    equation 1; DenseCL (CVPR 2021), its L_q.
 
     Deviations from the authors' code: as `DenseContrastiveLoss`.
     """

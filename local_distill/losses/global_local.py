@@ -69,7 +69,7 @@ class GlobalLocalDistillationLoss(nn.Module):
         >>> sorted(terms.matches)
         [(0, 1), (1, 0)]
 
-    Source: "Global-Local Self-Distillation" (WACV 2023), eq. 1.
+    Source: "Global-Local Self-Distillation" (WACV 2023).
     """
 
     def __init__(

@@ -147,7 +147,7 @@ def densecl(
         True
 
     Source: "Dense Contrastive Learning for Self-Supervised Visual Pre-Training" (DenseCL, CVPR
-    2021), equations 1 to 3; settings of its section 4.1 and code.
+    2021): its L_q and L_r, and their sum; settings of its published code.
 
     Deviations from the authors' code: none in loss, gradient and queues once the queues hold the
     same keys. There they start with random directions; here they are empty, so that no student is

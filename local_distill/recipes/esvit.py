@@ -58,7 +58,7 @@ def esvit(
         tensor(2.0794)
 
     Source: "Efficient Self-supervised Vision Transformers for Representation Learning" (EsViT, ICLR
-    2022), section 3.2. The paper adds the two terms; its code, as here, halves that sum.
+    2022), equations 1 and 2. The paper adds the two terms; its code, as here, halves that sum.
 
     Deviations from the authors' code: none in loss, gradient and centers. It allows one size of
     small views only; here any. Under autocast it compares features in half precision, in which

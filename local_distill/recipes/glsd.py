@@ -39,7 +39,9 @@ def glsd(
     `ProjectionHead` with 3 layers of 2,048, a bottleneck of 256 and 65,536 prototypes, whose norm
     is learnt; τ_t from 0.04 to 0.07 over 30 epochs; teacher momentum from 0.996 to 1 along a
     cosine; two views of 224 × 224 of 40 to 100 % of the image and eight of 96 × 96 of 5 to 40 %,
-    mirrored or not; 300 epochs of AdamW, learning rate 5e-4 · batch / 256.
+    mirrored or not; 300 epochs of AdamW, learning rate 5e-4 · batch / 256. So the commands of the
+    published README have it. The parser alone has other defaults: τ_t of 0.04 throughout, 100
+    epochs, a norm that stands still.
 
     Args:
         num_prototypes: c, of views and of tokens.
@@ -70,8 +72,8 @@ def glsd(
         >>> terms.global_loss, terms.local_loss  # a flat student: ln 8; 4 of 6 tokens are matched
         (tensor(2.0794), tensor(1.3863))
 
-    Source: "Global-Local Self-Distillation for Visual Representation Learning" (WACV 2023),
-    equation 1 and section 3.
+    Source: "Global-Local Self-Distillation for Visual Representation Learning" (WACV 2023);
+    loss and matches as in its published code.
 
     Deviations from the authors' code: none in loss, gradient and centers where the matches are the
     same. It reads a token's place from a map of pixel positions that it crops and resizes with the

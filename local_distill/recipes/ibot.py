@@ -161,8 +161,8 @@ def ibot(
         >>> terms.loss  # flat students: 2 · ln 8
         tensor(4.1589)
 
-    Source: "iBOT: Image BERT Pre-Training with Online Tokenizer" (ICLR 2022), equation 2 and
-    section 3; settings of its published commands.
+    Source: "iBOT: Image BERT Pre-Training with Online Tokenizer" (ICLR 2022), equations 2
+    and 3, section 3.2; settings of its published commands.
 
     Deviations from the authors' code: none in loss, gradient and centers. It needs a process group,
     fixes the numbers of views and of epochs when it is built, and one NaN stays in its centers for

@@ -112,7 +112,7 @@ def hubness(matches: Matches, num_teacher_tokens: int) -> Tensor:
         >>> hubness(Matches(index, torch.ones(1, 4, 1), torch.zeros(1, 4)), 5)  # N = 4, 0, 0, 0, 0
         tensor(1.5000)
 
-    Source: Radovanović, Nanopoulos, Ivanović, "Hubs in Space" (JMLR 2010), equation 1.
+    Source: Radovanović, Nanopoulos, Ivanović, "Hubs in Space" (JMLR 2010).
     """
     matches = _against("matches", matches, num_teacher_tokens)
     like = at_least_float32(matches.weight)
