@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from local_distill._check import check_at_least
+from local_distill._check import check_at_least, check_sequence
 from local_distill._finite_sequential import FiniteSequential
 from local_distill._precision import at_least_float32
 from local_distill.errors import ShapeError
+from local_distill.structures import PrototypeLogits
 
 __all__ = ["ProjectionHead"]
 
@@ -101,6 +103,32 @@ class ProjectionHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features (…, d) to logits (…, c)."""
+        logits: Tensor = self.prototypes(self._bottleneck(features))
+        return logits
+
+    def prototype_logits(self, views: Sequence[Tensor]) -> list[PrototypeLogits]:
+        """Of each view what `forward` gives, not yet multiplied with the prototypes.
+
+        The losses and targets take these where they take logits, and never hold the table of tokens
+        and prototypes. One call for all views of a step: they share the prototypes' tensor, and are
+        worked on together.
+
+        Args:
+            views: features (…, d) of each view.
+
+        Example:
+            >>> import torch
+            >>> head = ProjectionHead(8, num_prototypes=16, hidden_dim=32, bottleneck_dim=4)
+            >>> views = [torch.randn(2, 9, 8), torch.randn(2, 4, 8)]
+            >>> [tuple(scores.features.shape) for scores in head.prototype_logits(views)]
+            [(2, 9, 4), (2, 4, 4)]
+        """
+        check_sequence("views", views, "a tensor of features")
+        weight = self.prototypes.weight
+        return [PrototypeLogits(self._bottleneck(view), weight) for view in views]
+
+    def _bottleneck(self, features: Tensor) -> Tensor:
+        """(…, bottleneck_dim) of length 1, what the prototypes take."""
         if features.shape[-1] != self.in_dim:
             raise ShapeError(
                 f"axis `d` is {features.shape[-1]} in `features` (shape {tuple(features.shape)}) "
@@ -111,5 +139,4 @@ class ProjectionHead(nn.Module):
         # 1 / norm is a factor of the gradient: it has to fit into z's dtype (float16: 65,504).
         eps = max(1e-12, 4 / torch.finfo(z.dtype).max)
         normal = nn.functional.normalize(at_least_float32(z), dim=-1, eps=eps).to(z.dtype)
-        logits: Tensor = self.prototypes(normal)
-        return logits.reshape(*features.shape[:-1], self.num_prototypes)
+        return normal.reshape(*features.shape[:-1], normal.shape[-1])

@@ -17,6 +17,7 @@ __all__ = [
     "CropGeometry",
     "Matcher",
     "Matches",
+    "PrototypeLogits",
     "Targets",
     "TeacherTargets",
     "TokenGrid",
@@ -214,18 +215,50 @@ class Matches(NamedTuple):
         return student_index, kept
 
 
+class PrototypeLogits(NamedTuple):
+    """Prototype scores not yet multiplied out: features @ weight.T + bias.
+
+    Losses and targets take it where they take logits, and then never hold the table of all tokens
+    and all prototypes, which is most of a step's memory. `ProjectionHead.prototype_logits` makes
+    them. Views whose ``weight`` is one and the same tensor are worked on together, so take it once
+    for all views: of a parametrized layer (weight norm) every look at it is a new tensor.
+
+    Attributes:
+        features: (…, d) what the prototype layer takes.
+        weight: (c, d) of that layer.
+        bias: (c,), or None.
+
+    Example:
+        >>> scores = PrototypeLogits(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0, 3]]))
+        >>> scores.logits()
+        tensor([[1., 6.]])
+    """
+
+    features: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def logits(self) -> Tensor:
+        """(…, c) multiplied out, in at least float32 whatever autocast says; differentiable."""
+        features, weight = at_least_float32(self.features), at_least_float32(self.weight)
+        dtype = torch.promote_types(features.dtype, weight.dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with no_autocast(features):
+            return torch.nn.functional.linear(features.to(dtype), weight.to(dtype), bias)
+
+
 class ViewOutput(NamedTuple):
     """What one network says of one view; any part may be None where a loss does not need it.
 
     Attributes:
-        global_logits: (b, c) prototype scores of the whole view.
-        token_logits: (b, n, c) prototype scores of its tokens.
+        global_logits: (b, c) prototype scores of the whole view; a tensor or `PrototypeLogits`.
+        token_logits: (b, n, c) prototype scores of its tokens; likewise.
         tokens: the `Tokens` that a matcher compares. Put together outside the network's forward,
             so that no precision plugin rounds the geometry.
     """
 
-    global_logits: Tensor | None = None
-    token_logits: Tensor | None = None
+    global_logits: Tensor | PrototypeLogits | None = None
+    token_logits: Tensor | PrototypeLogits | None = None
     tokens: Tokens | None = None
 
 
@@ -233,7 +266,7 @@ class TeacherTargets(NamedTuple):
     """A teacher distribution not yet worked out: probs = softmax(logits / temp + offset).
 
     Attributes:
-        logits: (b, c) or (b, t, c) teacher logits, without gradient.
+        logits: (b, c) or (b, t, c) teacher logits, without gradient; or as `PrototypeLogits`.
         offset: (c,) or None, added after the division by the temperature.
         temp: the teacher temperature.
 
@@ -242,13 +275,14 @@ class TeacherTargets(NamedTuple):
         tensor([[0.2689, 0.7311]])
     """
 
-    logits: Tensor
+    logits: Tensor | PrototypeLogits
     offset: Tensor | None
     temp: float
 
     def probs(self) -> Tensor:
         """The distribution, in at least float32, with the shape of ``logits``."""
-        scores = at_least_float32(self.logits) / self.temp
+        logits = self.logits.logits() if isinstance(self.logits, PrototypeLogits) else self.logits
+        scores = at_least_float32(logits) / self.temp
         if self.offset is not None:
             scores = scores + self.offset.to(scores.dtype)
         return scores.softmax(-1)
@@ -268,7 +302,7 @@ class Targets(Protocol):
 
     def __call__(
         self,
-        teacher_logits: Sequence[Tensor],
+        teacher_logits: Sequence[Tensor | PrototypeLogits],
         *,
         teacher_temp: float,
         valid: Sequence[Tensor | None] | None = None,
@@ -277,7 +311,9 @@ class Targets(Protocol):
         ...
 
     def update(
-        self, teacher_logits: Sequence[Tensor], valid: Sequence[Tensor | None] | None = None
+        self,
+        teacher_logits: Sequence[Tensor | PrototypeLogits],
+        valid: Sequence[Tensor | None] | None = None,
     ) -> None:
         """Take the logits into the state; nothing else does."""
         ...
@@ -288,5 +324,5 @@ class Targets(Protocol):
 
 
 torch.serialization.add_safe_globals(
-    [CropGeometry, TokenGrid, Tokens, Matches, ViewOutput, TeacherTargets]
+    [CropGeometry, TokenGrid, Tokens, Matches, PrototypeLogits, ViewOutput, TeacherTargets]
 )

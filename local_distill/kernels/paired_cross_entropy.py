@@ -141,8 +141,8 @@ class _Teacher(NamedTuple):
 
     def probs(self, columns: slice, dtype: torch.dtype) -> Tensor:
         """(n + 1, columns); the last row is zero, for candidates of no weight."""
-        logits, offset, temp = self.targets
-        logits = logits[:, columns].to(dtype)
+        _, offset, temp = self.targets
+        logits = _table(self.targets)[:, columns].to(dtype)
         table = logits.new_zeros(logits.shape[0] + 1, logits.shape[1])
         scores = torch.div(logits, temp, out=table[:-1])
         if offset is not None:
@@ -160,12 +160,12 @@ def _walk(
 ) -> Tensor:
     """The loss; the gradients, times ``factor``, are written into what is given for them."""
     used = sorted({q for view in views for q, _, _ in view.answers})
-    logits = [view.logits for view in views] + [targets[q].logits for q in used]
+    logits = [view.logits for view in views] + [_table(targets[q]) for q in used]
     dtype = functools.reduce(torch.promote_types, (one.dtype for one in logits), torch.float32)
     b, _, c = views[0].logits.shape
     like = views[0].logits.new_empty((), dtype=dtype)
     total = widest(torch.zeros_like(like))  # rounded once at the end, not once a block
-    tokens = {q: targets[q].logits.shape[1] for q in used}
+    tokens = {q: _table(targets[q]).shape[1] for q in used}
     rows = sum(tokens.values())
     rows += _TABLES * max(view.logits.shape[1] for view in views)
     column_bytes = rows * like.element_size()
@@ -262,7 +262,7 @@ def _answer(q: int, index: Tensor, weight: Tensor, tokens: int) -> _Answer:
 
 
 def _teacher(targets: TeacherTargets, images: slice, dtype: torch.dtype) -> _Teacher:
-    logits = targets.logits[images].detach().flatten(0, 1)
+    logits = _table(targets)[images].detach().flatten(0, 1)
     n, c = logits.shape
     peak = torch.empty((n, 1), dtype=dtype, device=logits.device)
     log_sum = torch.empty_like(peak)
@@ -273,6 +273,11 @@ def _teacher(targets: TeacherTargets, images: slice, dtype: torch.dtype) -> _Tea
         peak[rows] = scores.amax(-1, keepdim=True)
         log_sum[rows] = _exp(scores.sub_(peak[rows])).sum(-1, keepdim=True).log_()
     return _Teacher(targets._replace(logits=logits), _Normalizer(peak, log_sum))
+
+
+def _table(targets: TeacherTargets) -> Tensor:
+    assert isinstance(targets.logits, Tensor)  # products have a kernel of their own
+    return targets.logits
 
 
 def _exp(scores: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from local_distill._check import Axes, check_floating, values_visible
+from local_distill._logits import Logits, multiplied_out, stand_in
 from local_distill._precision import at_least_float32, widest
 from local_distill.distributed import all_reduce_sum, world_size
 from local_distill.errors import ConfigError, ShapeError
@@ -18,7 +19,8 @@ from local_distill.kernels.paired_cross_entropy import (
     blockwise_cross_entropy,
     can_work_in_blocks,
 )
-from local_distill.structures import Matches, TeacherTargets
+from local_distill.losses._fused_pairs import can_fuse, fused_cross_entropy
+from local_distill.structures import Matches, PrototypeLogits, TeacherTargets
 
 Normalize = Literal["all", "matched", "image"]
 Pair = tuple[int, int]
@@ -59,8 +61,8 @@ def check_normalize(value: str) -> Normalize:
 
 
 def check_pairs(
-    student_logits: Sequence[Tensor | None],
-    teacher_logits: Sequence[Tensor | None],
+    student_logits: Sequence[Logits | None],
+    teacher_logits: Sequence[Logits | None],
     matches: Mapping[Pair, Matches],
     *,
     names: tuple[str, str] = ("student_logits", "teacher_logits"),
@@ -69,8 +71,8 @@ def check_pairs(
     """Check all that the pairs name before anything is computed.
 
     Args:
-        student_logits: per view (b, s, c), or None.
-        teacher_logits: per view (b, t, c), or None.
+        student_logits: per view (b, s, c) or `PrototypeLogits`, or None.
+        teacher_logits: per view (b, t, c) or `PrototypeLogits`, or None.
         matches: its keys are the pairs.
         names: what messages call the two: features are checked alike.
         last_axis: what they call the last axis.
@@ -84,8 +86,13 @@ def check_pairs(
                 f"{len(teacher_logits)} teacher views; keys are (student view, teacher view)"
             )
         axes = Axes()
-        student = axes.bind(f"{ours}[{v}]", student_logits[v], f"b s {last_axis}")
-        teacher = axes.bind(f"{theirs}[{q}]", teacher_logits[q], f"b t {last_axis}")
+        student, teacher = (
+            axes.bind(name, stand_in(name, logits), f"b {tokens} {last_axis}")
+            for name, logits, tokens in (
+                (f"{ours}[{v}]", student_logits[v], "s"),
+                (f"{theirs}[{q}]", teacher_logits[q], "t"),
+            )
+        )
         check_floating(f"{ours}[{v}]", student)
         check_floating(f"{theirs}[{q}]", teacher)
         axes.bind(f"matches[{pair}].weight", found.weight, "b s k")
@@ -108,7 +115,7 @@ def check_index(name: str, index: Tensor, of: str, tokens: int) -> None:
 
 
 def paired_cross_entropy(
-    student_logits: Sequence[Tensor | None],
+    student_logits: Sequence[Logits | None],
     targets: Mapping[int, TeacherTargets],
     matches: Mapping[Pair, Matches],
     *,
@@ -123,20 +130,26 @@ def paired_cross_entropy(
     read once however many teacher views answer it.
     """
     scales = pair_scales(matches, normalize, processes)
-    views = [
-        AnsweredView(
-            logits, [(pair[1], matches[pair], scales[pair]) for pair in matches if pair[0] == v]
-        )
-        for v, logits in enumerate(student_logits)
-        if logits is not None
-    ]
-    views = [view for view in views if view.answers]
-    if not views:
+    answers: dict[int, list[tuple[int, Matches, Tensor]]] = {}
+    for v, q in matches:
+        answers.setdefault(v, []).append((q, matches[v, q], scales[v, q]))
+    given = {
+        v: logits for v, logits in enumerate(student_logits) if logits is not None and v in answers
+    }
+    if not answers:
         total = graph_zero(student_logits)
-    elif can_work_in_blocks(views):
-        total = blockwise_cross_entropy(views, targets, student_temp)
+    elif can_fuse(given, targets.values()):
+        total = fused_cross_entropy(given, answers, targets, student_temp)
     else:
-        total = plain_cross_entropy(views, targets, student_temp)
+        views = [AnsweredView(multiplied_out(given[v]), found) for v, found in answers.items()]
+        targets = {
+            q: TeacherTargets(multiplied_out(target.logits), target.offset, target.temp)
+            for q, target in targets.items()
+        }
+        if can_work_in_blocks(views):
+            total = blockwise_cross_entropy(views, targets, student_temp)
+        else:
+            total = plain_cross_entropy(views, targets, student_temp)
     return processes.whole_batch(total)
 
 
@@ -194,9 +207,11 @@ def safe_inverse(values: Tensor) -> Tensor:
     return torch.where(none, 0.0, 1.0 / torch.where(none, 1.0, values))
 
 
-def graph_zero(student_logits: Sequence[Tensor | None]) -> Tensor:
+def graph_zero(student_logits: Sequence[Logits | None]) -> Tensor:
     """A zero that hangs on the student's graph, so that backward works and NaN stays out."""
     for logits in student_logits:
+        if isinstance(logits, PrototypeLogits):
+            return graph_zero([logits.features]) + graph_zero([logits.weight])
         if logits is not None:
             values = at_least_float32(logits)
             return torch.where(torch.zeros_like(values, dtype=torch.bool), values, 0.0).sum()

@@ -15,6 +15,7 @@ from local_distill._check import (
     check_sequence,
     check_view_pairs,
 )
+from local_distill._logits import Logits, stand_in, with_token_axis
 from local_distill.errors import ShapeError
 from local_distill.losses._pairs import Pair, Processes, paired_cross_entropy
 from local_distill.matching.match_views import cross_view_pairs
@@ -68,8 +69,8 @@ class GlobalDistillationLoss(nn.Module):
 
     def forward(
         self,
-        student_logits: Sequence[Tensor],
-        teacher_logits: Sequence[Tensor],
+        student_logits: Sequence[Logits],
+        teacher_logits: Sequence[Logits],
         *,
         teacher_temp: float,
         pairs: Iterable[Pair] | None = None,
@@ -77,8 +78,8 @@ class GlobalDistillationLoss(nn.Module):
         """The loss of a step.
 
         Args:
-            student_logits: per view (b, c).
-            teacher_logits: per view (b, c).
+            student_logits: per view (b, c), or as `PrototypeLogits`.
+            teacher_logits: per view (b, c), or as `PrototypeLogits`.
             teacher_temp: τ_t, above 0.
             pairs: (v, q) pairs of student and teacher views; by default all with v ≠ q.
 
@@ -95,7 +96,7 @@ class GlobalDistillationLoss(nn.Module):
         for name, views in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
             for view, logits in enumerate(views):
                 label = f"{name}[{view}]"
-                check_floating(label, axes.bind(label, logits, "b c"))
+                bound = check_floating(label, axes.bind(label, stand_in(label, logits), "b c"))
         wanted = list(
             cross_view_pairs(len(student_logits), len(teacher_logits)) if pairs is None else pairs
         )
@@ -108,10 +109,13 @@ class GlobalDistillationLoss(nn.Module):
         targets = self.targets(teacher_logits, teacher_temp=teacher_temp)
         learning = self.training and torch.is_grad_enabled()
         # A whole view is a grid of one token, each answered by the one of the other view.
-        whole = Matches.identity(student_logits[0].new_ones(axes["b"], 1, dtype=torch.bool))
+        whole = Matches.identity(torch.ones(axes["b"], 1, dtype=torch.bool, device=bound.device))
         loss = paired_cross_entropy(
-            [logits[:, None] for logits in student_logits],
-            {q: TeacherTargets(t.logits[:, None], t.offset, t.temp) for q, t in enumerate(targets)},
+            [with_token_axis(logits) for logits in student_logits],
+            {
+                q: TeacherTargets(with_token_axis(t.logits), t.offset, t.temp)
+                for q, t in enumerate(targets)
+            },
             dict.fromkeys(wanted, whole),
             student_temp=self.student_temp,
             normalize="all",

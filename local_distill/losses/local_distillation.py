@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from local_distill._check import check_positive, check_sequence
+from local_distill._logits import Logits
 from local_distill.errors import ShapeError
 from local_distill.losses._pairs import (
     Normalize,
@@ -24,7 +25,7 @@ __all__ = ["LocalDistillationLoss", "local_distillation_loss"]
 
 
 def local_distillation_loss(
-    student_logits: Tensor,
+    student_logits: Logits,
     teacher_targets: TeacherTargets,
     matches: Matches,
     *,
@@ -38,8 +39,8 @@ def local_distillation_loss(
     with m_i = Σ_k w_ik and N by ``normalize``.
 
     Args:
-        student_logits: (b, s, c).
-        teacher_targets: with logits (b, t, c).
+        student_logits: (b, s, c), or as `PrototypeLogits`.
+        teacher_targets: with logits (b, t, c), or as `PrototypeLogits`.
         matches: for this pair of views.
         student_temp: τ, above 0.
         normalize: ``"all"``: N = b·s; ``"matched"``: N = Σ m; ``"image"``: each image by its own
@@ -123,8 +124,8 @@ class LocalDistillationLoss(nn.Module):
 
     def forward(
         self,
-        student_logits: Sequence[Tensor | None],
-        teacher_logits: Sequence[Tensor | None],
+        student_logits: Sequence[Logits | None],
+        teacher_logits: Sequence[Logits | None],
         matches: Mapping[Pair, Matches],
         *,
         teacher_temp: float,
@@ -133,8 +134,10 @@ class LocalDistillationLoss(nn.Module):
         """The loss of a step.
 
         Args:
-            student_logits: per view (b, s_v, c); None for a view that no pair names.
-            teacher_logits: per view (b, t_q, c); None for a view that no pair names.
+            student_logits: per view (b, s_v, c), or as `PrototypeLogits`; None for a view that no
+                pair names.
+            teacher_logits: per view (b, t_q, c), or as `PrototypeLogits`; None for a view that no
+                pair names.
             matches: ``{(v, q): Matches}``; its keys are the pairs.
             teacher_temp: τ_t, above 0.
             teacher_valid: per teacher view (b, t_q) bool or None: tokens that count in the targets'

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from local_distill._check import Axes, check_sequence
+from local_distill._logits import Logits, stand_in
 from local_distill.errors import ShapeError
 from local_distill.losses.local_distillation import LocalDistillationLoss
 from local_distill.structures import Matches, Targets
@@ -45,7 +46,7 @@ class MaskedDistillationLoss(nn.Module):
         >>> loss([student], [teacher], [masked], teacher_temp=0.04)  # a flat student: ln 2
         tensor(0.6931)
 
-    Source: "iBOT: Image BERT Pre-Training with Online Tokenizer" (ICLR 2022), equation 2.
+    Source: "iBOT: Image BERT Pre-Training with Online Tokenizer" (ICLR 2022), equation 3.
 
     Deviations from the authors' code: none in the value with batches of one size on all processes;
     with others the mean is over all images, theirs weighs every process alike.
@@ -75,8 +76,8 @@ class MaskedDistillationLoss(nn.Module):
 
     def forward(
         self,
-        student_logits: Sequence[Tensor | None],
-        teacher_logits: Sequence[Tensor | None],
+        student_logits: Sequence[Logits | None],
+        teacher_logits: Sequence[Logits | None],
         valid: Sequence[Tensor | None],
         *,
         teacher_temp: float,
@@ -120,8 +121,11 @@ class MaskedDistillationLoss(nn.Module):
                 )
             axes = Axes()
             axes.bind(f"valid[{view}]", masked, "b n")
-            axes.bind(f"student_logits[{view}]", student_logits[view], "b n c")
-            axes.bind(f"teacher_logits[{view}]", teacher_logits[view], "b n c")
+            for name, logits in (
+                (f"student_logits[{view}]", student_logits[view]),
+                (f"teacher_logits[{view}]", teacher_logits[view]),
+            ):
+                axes.bind(name, stand_in(name, logits), "b n c")
             if masked.dtype != torch.bool:
                 raise ShapeError(
                     f"`valid[{view}]` must be bool, got {masked.dtype}; convert with .bool()"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from local_distill._check import Axes, check_floating, check_sequence
+from local_distill._logits import no_rows, stand_in
 from local_distill._precision import at_least_float32, widest
 from local_distill.errors import ShapeError
 from local_distill.matching._unit_features import unit_features
@@ -126,7 +127,7 @@ def distillation_monitors(
     some = mean.sum() > 0
     entropy = entropy.clamp(0.0, most)
     marginal = torch.special.entr(mean).sum().clamp(0.0, most)
-    dtype = _common_dtype([target.logits for target in teacher_targets])
+    dtype = _common_dtype([no_rows(target.logits) for target in teacher_targets])
     return DistillationMonitors(
         teacher_entropy=entropy.to(dtype),
         teacher_kl=torch.where(some, most - entropy, 0.0).to(dtype),
@@ -157,7 +158,10 @@ def _check_targets(
                 f"`teacher_targets[{view}]` must be a TeacherTargets, got {type(target).__name__}; "
                 "targets such as Centering make it of logits"
             )
-    logits = [target.logits for target in teacher_targets]
+    logits = [
+        stand_in(f"teacher_targets[{view}].logits", target.logits)
+        for view, target in enumerate(teacher_targets)
+    ]
     c = _check_rows("teacher_targets[{}].logits", logits, "c", "t", valid)
     if c == 0:
         raise ShapeError("axis `c` is 0 in `teacher_targets[0].logits`: there is no prototype")
@@ -166,7 +170,7 @@ def _check_targets(
 
 def _check_rows(
     label: str,
-    values: Sequence[Tensor],
+    values: Sequence[object],
     last: str,
     tokens: str,
     valid: Sequence[Tensor | None] | None,
@@ -178,9 +182,9 @@ def _check_rows(
         local = isinstance(part, Tensor) and part.dim() == 3
         # Images and tokens are counted view by view: only the last axis is common.
         wanted = f"b{view} {tokens}{view} {last}" if local else f"b{view} {last}"
-        check_floating(name, axes.bind(name, part, wanted))
+        bound = check_floating(name, axes.bind(name, part, wanted))
         if valid is not None:
-            check_valid(f"valid[{view}]", valid[view], name, part)
+            check_valid(f"valid[{view}]", valid[view], name, bound)
     return axes[last]
 
 
@@ -188,7 +192,7 @@ def _spread(
     teacher_targets: Sequence[TeacherTargets], valid: Sequence[Tensor | None] | None, c: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean entropy, mean distribution (c,), and which prototypes are some token's largest (c,)."""
-    like = widest(teacher_targets[0].logits.new_zeros(()))
+    like = widest(no_rows(teacher_targets[0].logits).new_zeros(()))
     total, entropy, count = like.new_zeros(c), like, like
     # Tokens that do not count name a prototype of their own.
     used = torch.zeros(c + 1, dtype=torch.bool, device=like.device)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor
-
 from local_distill._check import check_sequence
+from local_distill._logits import Logits
 from local_distill.errors import ShapeError
 from local_distill.matching.match_views import cross_view_pairs, match_views
 from local_distill.structures import Matcher, Matches, Tokens, ViewOutput
@@ -20,8 +19,8 @@ Pair = tuple[int, int]
 class GlobalViews(NamedTuple):
     """The views that have ``global_logits``, numbered anew, and the pairs of different ones."""
 
-    student: list[Tensor]
-    teacher: list[Tensor]
+    student: list[Logits]
+    teacher: list[Logits]
     pairs: list[Pair]
 
 

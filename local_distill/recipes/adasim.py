@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from local_distill._check import check_sequence
+from local_distill._logits import Logits
 from local_distill.errors import ShapeError
 from local_distill.losses.global_distillation import GlobalDistillationLoss
 from local_distill.neighbour_sampler import NeighbourSampler
@@ -154,7 +155,7 @@ def adasim(
     )
 
 
-def _logits(name: str, views: Sequence[ViewOutput]) -> list[Tensor]:
+def _logits(name: str, views: Sequence[ViewOutput]) -> list[Logits]:
     check_sequence(name, views, "a ViewOutput")
     logits = []
     for v, view in enumerate(views):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from local_distill._check import Axes, check_positive, check_sequence, check_weight
+from local_distill._logits import multiplied_out
 from local_distill.errors import ConfigError, ShapeError
 from local_distill.losses._pairs import Processes, paired_cross_entropy
 from local_distill.losses.global_distillation import GlobalDistillationLoss
@@ -234,6 +235,9 @@ def cribo(
     last layer is the clusters' own. They see a zero row for each cluster that is not valid. The
     queue is read before this step's objects enter it; they enter it when training with grad
     enabled. The neighbours' targets do not enter the center. λ comes from the caller, step by step.
+    As published, the scale of the clusters' cost and the way back from the queue look at all of
+    this process's batch; with ``cost_scale="image"`` and ``queue.cycle = "image"`` at one image, so
+    that several processes do what one would.
 
     Args:
         embed_dim: d.
@@ -331,7 +335,7 @@ def _parts(name: str, views: Sequence[ViewOutput]) -> tuple[list[Tensor], list[T
                 raise ShapeError(f"`{name}[{v}]` has no `{part}`, which this recipe needs")
         assert view.global_logits is not None
         assert view.tokens is not None
-        logits.append(view.global_logits)
+        logits.append(multiplied_out(view.global_logits))
         tokens.append(view.tokens)
     return logits, tokens
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from local_distill._check import check_weight
+from local_distill._logits import multiplied_out
 from local_distill.losses.global_local import DistillationTerms
 from local_distill.losses.pixel_propagation import PixelConsistencyLoss, PixelPropagation
 from local_distill.matching.radius import RadiusMatcher
@@ -98,10 +99,12 @@ class PixproLoss(nn.Module):
     def _global(self, student: Sequence[ViewOutput], teacher: Sequence[ViewOutput]) -> Tensor:
         """A whole view is a grid of one token, answered by the one of the other view."""
         views = global_views(student, teacher)
-        whole = Matches.identity(views.student[0].new_ones(len(views.student[0]), 1).bool())
+        ours = [multiplied_out(features) for features in views.student]
+        theirs = [multiplied_out(features) for features in views.teacher]
+        whole = Matches.identity(ours[0].new_ones(len(ours[0]), 1).bool())
         result: Tensor = self.consistency(
-            [features[:, None] for features in views.student],
-            [features[:, None] for features in views.teacher],
+            [features[:, None] for features in ours],
+            [features[:, None] for features in theirs],
             dict.fromkeys(views.pairs, whole),
         )
         return result

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from local_distill._check import check_at_least, check_fraction, check_positive
-from local_distill._precision import at_least_float32, undo_half_precision
+from local_distill._logits import Logits, detached
+from local_distill._precision import at_least_float32, no_autocast, undo_half_precision
 from local_distill.distributed import all_reduce_sum
-from local_distill.structures import TeacherTargets
+from local_distill.structures import PrototypeLogits, TeacherTargets
 from local_distill.targets._logits import check_logits
 
 __all__ = ["Centering"]
@@ -76,7 +77,7 @@ class Centering(nn.Module):
 
     def forward(
         self,
-        teacher_logits: Sequence[Tensor],
+        teacher_logits: Sequence[Logits],
         *,
         teacher_temp: float,
         valid: Sequence[Tensor | None] | None = None,
@@ -84,7 +85,8 @@ class Centering(nn.Module):
         """The targets of all teacher views.
 
         Args:
-            teacher_logits: per view (b, c) or (b, t, c); they never receive a gradient.
+            teacher_logits: per view (b, c) or (b, t, c), or as `PrototypeLogits`; they never
+                receive a gradient.
             teacher_temp: τ_t, above 0.
             valid: per view (b,) or (b, t) bool, or None; not needed for centering's targets.
 
@@ -95,11 +97,11 @@ class Centering(nn.Module):
         self._check_logits(teacher_logits, valid)
         # A new tensor: `update` may change the center before the targets are worked out.
         offset = -self.center / teacher_temp
-        return [TeacherTargets(logits.detach(), offset, teacher_temp) for logits in teacher_logits]
+        return [TeacherTargets(view, offset, teacher_temp) for view in detached(teacher_logits)]
 
     @torch.no_grad()
     def update(
-        self, teacher_logits: Sequence[Tensor], valid: Sequence[Tensor | None] | None = None
+        self, teacher_logits: Sequence[Logits], valid: Sequence[Tensor | None] | None = None
     ) -> None:
         """Take these logits into the center.
 
@@ -110,15 +112,8 @@ class Centering(nn.Module):
         self._check_logits(teacher_logits, valid)
         total, count = self._sum.clone(), self._count.clone()
         for view, logits in enumerate(teacher_logits):
-            rows = at_least_float32(logits.detach()).reshape(-1, self.num_prototypes)
-            keep = None if valid is None else valid[view]
-            if keep is None:
-                count = count + rows.shape[0]
-            else:
-                flags = keep.reshape(-1)
-                rows = torch.where(flags[:, None], rows, 0.0)
-                count = count + flags.sum()
-            total = total + rows.sum(0)
+            summed, rows = _sum_of_rows(logits, None if valid is None else valid[view])
+            total, count = total + summed, count + rows
         if self._accumulating:
             good = total.isfinite().all()
             self._sum.copy_(torch.where(good, total, self._sum))
@@ -162,7 +157,7 @@ class Centering(nn.Module):
         return f"num_prototypes={self.num_prototypes}, momentum={self.momentum}"
 
     def _check_logits(
-        self, teacher_logits: Sequence[Tensor], valid: Sequence[Tensor | None] | None
+        self, teacher_logits: Sequence[Logits], valid: Sequence[Tensor | None] | None
     ) -> None:
         check_logits(teacher_logits, valid, self.num_prototypes)
 
@@ -173,3 +168,23 @@ class Centering(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         undo_half_precision(self, before)
         return self
+
+
+def _sum_of_rows(logits: Logits, keep: Tensor | None) -> tuple[Tensor, Tensor | int]:
+    """(c,) sum of the rows that count, and how many they are."""
+    values = logits.features if isinstance(logits, PrototypeLogits) else logits
+    rows = at_least_float32(values.detach()).reshape(-1, values.shape[-1])
+    count: Tensor | int = rows.shape[0]
+    if keep is not None:
+        flags = keep.reshape(-1)
+        rows = torch.where(flags[:, None], rows, 0.0)
+        count = flags.sum()
+    summed = rows.sum(0)
+    if not isinstance(logits, PrototypeLogits):
+        return summed, count
+    # The product is linear: the sum of the logits is the product with the features' sum.
+    weight = at_least_float32(logits.weight.detach())
+    dtype = torch.promote_types(summed.dtype, weight.dtype)
+    with no_autocast(summed):
+        total = torch.mv(weight.to(dtype), summed.to(dtype))
+    return total if logits.bias is None else total + count * logits.bias.detach(), count

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from local_distill._check import check_at_least, check_positive
+from local_distill._logits import Logits, detached, no_rows
 from local_distill._precision import at_least_float32
 from local_distill.distributed import all_reduce_sum, world_size
 from local_distill.structures import TeacherTargets
@@ -87,7 +88,7 @@ class SinkhornKnopp(nn.Module):
 
     def forward(
         self,
-        teacher_logits: Sequence[Tensor],
+        teacher_logits: Sequence[Logits],
         *,
         teacher_temp: float,
         valid: Sequence[Tensor | None] | None = None,
@@ -95,7 +96,8 @@ class SinkhornKnopp(nn.Module):
         """The targets of all teacher views, balanced together.
 
         Args:
-            teacher_logits: per view (b, c) or (b, t, c); they never receive a gradient.
+            teacher_logits: per view (b, c) or (b, t, c), or as `PrototypeLogits`, which are
+                multiplied out a part at a time in each iteration; they never receive a gradient.
             teacher_temp: τ_t, above 0.
             valid: per view (b,) or (b, t) bool, or None: rows that do not count.
 
@@ -113,10 +115,10 @@ class SinkhornKnopp(nn.Module):
         together = self.training and torch.is_grad_enabled() and world_size(self.process_group) > 1
         with torch.no_grad():
             offset = self._offset(teacher_logits, teacher_temp, valid, together)
-        return [TeacherTargets(logits.detach(), offset, teacher_temp) for logits in teacher_logits]
+        return [TeacherTargets(view, offset, teacher_temp) for view in detached(teacher_logits)]
 
     def update(
-        self, teacher_logits: Sequence[Tensor], valid: Sequence[Tensor | None] | None = None
+        self, teacher_logits: Sequence[Logits], valid: Sequence[Tensor | None] | None = None
     ) -> None:
         """Check the logits; there is no state that could learn from them.
 
@@ -141,7 +143,7 @@ class SinkhornKnopp(nn.Module):
 
     def _offset(
         self,
-        teacher_logits: Sequence[Tensor],
+        teacher_logits: Sequence[Logits],
         temp: float,
         valid: Sequence[Tensor | None] | None,
         together: bool,
@@ -160,7 +162,7 @@ class SinkhornKnopp(nn.Module):
 
 
 def _log_masses(
-    teacher_logits: Sequence[Tensor],
+    teacher_logits: Sequence[Logits],
     temp: float,
     valid: Sequence[Tensor | None] | None,
     offset: Tensor | None,
@@ -169,10 +171,9 @@ def _log_masses(
 
     Of exp(t / τ_t) as it is before there is an offset, of the softmax with it from then on.
     """
-    kinds = [at_least_float32(logits.new_empty(0)).dtype for logits in teacher_logits]
-    dtype = functools.reduce(torch.promote_types, kinds)
-    first = teacher_logits[0]
-    total = torch.full((first.shape[-1],), -torch.inf, dtype=dtype, device=first.device)
+    kinds = [no_rows(logits) for logits in teacher_logits]
+    dtype = functools.reduce(torch.promote_types, (kind.dtype for kind in kinds))
+    total = kinds[0].new_full((kinds[0].shape[1],), -torch.inf, dtype=dtype)
     for view, logits in enumerate(teacher_logits):
         keep = None if valid is None else valid[view]
         for rows, counted in row_blocks(logits, keep, tables=_TABLES):

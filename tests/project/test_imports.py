@@ -17,6 +17,7 @@ LAYERS = (
     ("errors",),
     ("_check", "_finite_sequential", "_lazy", "_precision"),
     ("structures",),
+    ("_logits",),
     ("geometry",),
     ("_geometric_inputs",),
     ("footprints",),

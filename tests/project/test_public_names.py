@@ -50,6 +50,7 @@ PUBLIC_NAMES = [
     "PixelConsistencyLoss",
     "PixelPropagation",
     "ProjectionHead",
+    "PrototypeLogits",
     "RadiusMatcher",
     "RefinedJointClusters",
     "ShapeError",
