@@ -14,24 +14,19 @@ waiting for the device, which is on a CPU.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from local_distill._precision import no_autocast, widest
-from local_distill.kernels.byte_budget import block_length
+from local_distill.kernels.prototype_block import Product, loss_and_slope, rows_of, slices
 
 __all__ = ["prototype_cross_entropy"]
 
 # Bytes that the scores of the images worked on may take. Smaller products are slower.
 _CPU_BYTES = 96 * 2**20
 _DEVICE_BYTES = 512 * 2**20
-# Above so many candidates a token, answers are a product of matrices.
-_FEW_CANDIDATES = 8
-# Tables of the size of a block of rows that are alive at once.
-_TABLES = 2
 
 
 def prototype_cross_entropy(
@@ -91,55 +86,7 @@ def prototype_cross_entropy(
     return loss
 
 
-class _Product(NamedTuple):
-    """How scores come from features: scale · features · weightᵀ + offset."""
-
-    weight: Tensor
-    scale: Tensor
-    offset: Tensor | None
-    dtype: torch.dtype
-
-    def scores(self, features: Tensor, columns: slice) -> Tensor:
-        """(n, columns), a new table."""
-        weight = self.weight[columns].to(self.dtype)
-        scaled = features.to(self.dtype) * self.scale
-        if self.offset is None:
-            return scaled @ weight.T
-        return torch.addmm(self.offset[columns].to(self.dtype), scaled, weight.T)
-
-
-class _Norm(NamedTuple):
-    """The logsumexp of rows, in two parts: together they would be rounded as their sum is."""
-
-    peak: Tensor  # (n, 1)
-    log_sum: Tensor  # (n, 1)
-
-    def taken_from_(self, scores: Tensor, rows: slice) -> Tensor:
-        """Log-probabilities, in place."""
-        return scores.sub_(self.peak[rows]).sub_(self.log_sum[rows])
-
-
-class _Rows(NamedTuple):
-    """The tokens of some images that take part: n of the student's, m of the teacher's."""
-
-    student: Tensor  # (n, d)
-    teacher: Tensor  # (m, e)
-    place: Tensor | None  # (n,) where they stand among all of the student's, None: all do
-    mass: Tensor  # (n, 1)
-    number: Tensor  # (n, k) row of the teacher's, m: none
-    share: Tensor  # (n, k)
-
-    def answer(self, probs: Tensor, rows: slice) -> Tensor:
-        """(rows, columns) what the teacher's distributions (m + 1, columns) say of some rows."""
-        number, share = self.number[rows], self.share[rows]
-        if number.shape[1] > _FEW_CANDIDATES:
-            table = share.new_zeros(number.shape[0], probs.shape[0])
-            return table.scatter_add_(1, number, share) @ probs
-        return nn.functional.embedding_bag(number, probs, mode="sum", per_sample_weights=share)
-
-
-@torch.library.custom_op("local_distill::prototype_cross_entropy", mutates_args=())
-def _fused(
+def _loss_and_slopes(
     student: Tensor,
     student_weight: Tensor,
     teacher: Tensor,
@@ -157,14 +104,14 @@ def _fused(
     dtype = _accumulator(student, student_weight, teacher, teacher_weight)
     slopes = _empty_slopes(student, student_weight, dtype, learning, weight_learning)
     slope, weight_slope = (one.zero_() for one in slopes)
-    ours = _Product(student_weight, student_scale.to(dtype), None, dtype)
-    theirs = _Product(teacher_weight, teacher_scale.to(dtype), offset, dtype)
+    ours = Product(student_weight.to(dtype), student_scale.to(dtype), None)
+    theirs = Product(teacher_weight.to(dtype), teacher_scale.to(dtype), offset)
     total = widest(student.new_zeros((), dtype=dtype))
     each = (student.shape[1] + teacher.shape[1] + 1) * student_weight.shape[0] * dtype.itemsize
     with no_autocast(student):
-        for images in _slices(student.shape[0], max_bytes // max(1, each)):
-            rows = _rows_of(student[images], teacher[images], index[images], share[images], dtype)
-            found, row_slope = _walk(
+        for images in slices(student.shape[0], max_bytes // max(1, each)):
+            rows = rows_of(student[images], teacher[images], index[images], share[images], dtype)
+            found, row_slope = loss_and_slope(
                 rows, ours, theirs, max_bytes, learning, weight_slope if weight_learning else None
             )
             total += found
@@ -174,6 +121,11 @@ def _fused(
     for one in (slope, weight_slope):
         one.mul_(ours.scale)
     return total.to(dtype), slope, weight_slope
+
+
+_fused = torch.library.custom_op("local_distill::prototype_cross_entropy", mutates_args=())(
+    _loss_and_slopes
+)
 
 
 @_fused.register_fake
@@ -243,149 +195,3 @@ def _empty_slopes(
         student.new_empty(student.shape if learning else (0,), dtype=dtype),
         weight.new_empty(weight.shape if weight_learning else (0,), dtype=dtype),
     )
-
-
-def _rows_of(
-    student: Tensor, teacher: Tensor, index: Tensor, share: Tensor, dtype: torch.dtype
-) -> _Rows:
-    """The rows that take part, as far as their number can be known without waiting for a device."""
-    numbered = _numbered(student, teacher, index, share, dtype)
-    return _kept_rows(*numbered) if student.device.type == "cpu" else _all_rows(*numbered)
-
-
-def _numbered(
-    student: Tensor, teacher: Tensor, index: Tensor, share: Tensor, dtype: torch.dtype
-) -> tuple[_Rows, Tensor, Tensor]:
-    """All rows, those of all images numbered on; which (n,) are answered, which (m,) are read."""
-    images, tokens = teacher.shape[:2]
-    none = images * tokens
-    first = tokens * torch.arange(images, device=index.device)[:, None, None]
-    # != and not >: a weight of NaN is to be seen in the loss
-    number = torch.where(share != 0, index + first, none).flatten(0, 1)
-    shares = share.to(dtype).flatten(0, 1)
-    mass = shares.sum(-1, keepdim=True)
-    read = torch.zeros(none + 1, dtype=torch.bool, device=index.device)
-    read.index_fill_(0, number.flatten(), True)
-    rows = _Rows(student.flatten(0, 1), teacher.flatten(0, 1), None, mass, number, shares)
-    return rows, mass[:, 0] != 0, read[:none]
-
-
-def _all_rows(rows: _Rows, answered: Tensor, read: Tensor) -> _Rows:
-    """All, those that take no part set to zero: 0 · NaN is NaN."""
-    student = torch.where(answered[:, None], rows.student, 0.0)
-    return rows._replace(student=student, teacher=torch.where(read[:, None], rows.teacher, 0.0))
-
-
-def _kept_rows(rows: _Rows, answered: Tensor, read: Tensor) -> _Rows:
-    """Those that take part; the teacher's are numbered anew."""
-    place = answered.nonzero()[:, 0]
-    anew = torch.cat((read.cumsum(0) - 1, read.sum()[None]))
-    return _Rows(
-        rows.student[place],
-        rows.teacher[read],
-        place,
-        rows.mass[place],
-        anew[rows.number[place]],
-        rows.share[place],
-    )
-
-
-def _walk(
-    rows: _Rows,
-    ours: _Product,
-    theirs: _Product,
-    max_bytes: int,
-    learning: bool,
-    weight_slope: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The loss of some images, and its gradient in their rows; adds to the prototypes'."""
-    n, c = rows.student.shape[0], ours.weight.shape[0]
-    total = widest(rows.mass.new_zeros(()))
-    slope = torch.zeros_like(rows.student, dtype=ours.dtype) if learning else None
-    if n == 0:
-        return total, slope
-    column_bytes = (n + rows.teacher.shape[0] + 1) * ours.dtype.itemsize
-    tiles = list(_slices(c, max_bytes // column_bytes))
-    norm = teacher_norm = None
-    if len(tiles) > 1:
-        norm = _norm(ours, rows.student, tiles)
-        teacher_norm = _norm(theirs, rows.teacher, tiles)
-    features = rows.student.to(ours.dtype)
-    for columns in tiles:
-        probs = _distributions(theirs, rows.teacher, columns, teacher_norm)
-        table = ours.scores(rows.student, columns)
-        for block in _row_blocks(table):
-            total += _slope_(table[block], rows.answer(probs, block), rows.mass[block], norm, block)
-        if slope is not None:
-            slope.addmm_(table, ours.weight[columns].to(ours.dtype))
-        if weight_slope is not None:
-            weight_slope[columns].addmm_(table.T, features)
-    return total, slope
-
-
-def _slope_(
-    scores: Tensor, answer: Tensor, mass: Tensor, norm: _Norm | None, rows: slice
-) -> Tensor:
-    """Turn the scores of some rows into the gradient in them, in place; their part of the loss.
-
-    With ``norm`` they may be a tile of the rows; without, they are the whole of them.
-    """
-    if norm is not None:
-        gain = torch.dot(answer.flatten(), norm.taken_from_(scores, rows).flatten())
-        _exp(scores).mul_(mass).sub_(answer)
-        return -gain
-    gain = torch.dot(answer.flatten(), scores.sub_(scores.amax(-1, keepdim=True)).flatten())
-    total = _exp(scores).sum(-1, keepdim=True)
-    scores.mul_(mass / total).sub_(answer)
-    return (mass * total.log()).sum() - gain
-
-
-def _distributions(
-    product: _Product, features: Tensor, columns: slice, norm: _Norm | None
-) -> Tensor:
-    """(m + 1, columns) of the softmax; the last row is zero, for candidates of no weight."""
-    m = features.shape[0]
-    probs = product.scores(nn.functional.pad(features, (0, 0, 0, 1)), columns)
-    for block in _row_blocks(probs[:m]) if m else ():
-        rows = probs[:m][block]
-        if norm is not None:
-            _exp(norm.taken_from_(rows, block))
-        else:
-            _exp(rows.sub_(rows.amax(-1, keepdim=True)))
-            rows.div_(rows.sum(-1, keepdim=True))
-    probs[m:] = 0.0
-    return probs
-
-
-def _norm(product: _Product, features: Tensor, tiles: list[slice]) -> _Norm:
-    """Of each row's scores over all tiles."""
-    peak = features.new_full((features.shape[0], 1), -torch.inf, dtype=product.dtype)
-    total = torch.zeros_like(peak)
-    for columns in tiles:
-        scores = product.scores(features, columns)
-        for block in _row_blocks(scores):
-            rows = scores[block]
-            higher = torch.maximum(peak[block], rows.amax(-1, keepdim=True))
-            part = _exp(rows.sub_(higher)).sum(-1, keepdim=True)
-            total[block] = total[block] * (peak[block] - higher).exp() + part
-            peak[block] = higher
-    return _Norm(peak, total.log())
-
-
-def _exp(scores: Tensor) -> Tensor:
-    """Exp in place of scores that are at most about 0, none smaller than e⁻⁶⁰.
-
-    What underflows takes a CPU fifty times as long, here and in every product that follows; and
-    most of a sharp teacher's prototypes do. e⁻⁶⁰ is 10⁻²⁶: nothing beside the rounding of float32.
-    """
-    return scores.clamp_min_(-60.0 if scores.dtype == torch.float32 else -500.0).exp_()
-
-
-def _row_blocks(table: Tensor) -> Iterator[slice]:
-    """Rows so few at a time that what is done to them stays in the caches."""
-    return _slices(table.shape[0], block_length(table[0].nbytes * _TABLES, table.device))
-
-
-def _slices(length: int, most: int) -> Iterator[slice]:
-    for start in range(0, length, max(1, most)):
-        yield slice(start, min(start + max(1, most), length))

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.profiler import ProfilerActivity, profile
 
+from local_distill.kernels import prototype_block
 from local_distill.kernels import prototype_cross_entropy as module
 from local_distill.kernels.prototype_cross_entropy import prototype_cross_entropy
 
@@ -159,9 +160,11 @@ def test_where_rows_cannot_be_left_out_they_are_zeroed():
     wanted = with_gradient(fused, (student, weight, teacher, *rest))
 
     def whole(student, teacher, index, share, dtype):
-        return module._all_rows(*module._numbered(student, teacher, index, share, dtype))
+        return prototype_block._all_rows(
+            *prototype_block._numbered(student, teacher, index, share, dtype)
+        )
 
-    with mock.patch.object(module, "_rows_of", whole):
+    with mock.patch.object(module, "rows_of", whole):
         found = with_gradient(fused, (student, weight, teacher, *rest))
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
@@ -199,27 +202,32 @@ def test_a_loss_scale_keeps_small_gradients():
     assert float(slope.abs().max()) > 0
 
 
-class _Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operator makes."""
+def peak_bytes(parts, max_bytes):
+    """What torch's allocator has handed out at most at a time, gradients included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        fused(*parts, max_bytes=max_bytes).backward()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
 
-    elements = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for one in torch.utils._pytree.tree_leaves(result):
-            if isinstance(one, torch.Tensor) and one._base is None:
-                self.elements = max(self.elements, one.numel())
-        return result
+def test_memory_is_flat_in_the_batch():
+    settings = {"s": 13, "t": 7, "c": 4_000, "d": 8, "e": 8}
+    few, many = (peak_bytes(problem(b=b, **settings), max_bytes=21 * 4_000 * 8) for b in (2, 32))
+    assert few > 20 * 4_000 * 8  # one image's scores: the record sees what is made
+    assert many <= 1.1 * few  # while the table is sixteen times as large
 
 
-@pytest.mark.parametrize("max_bytes", [1_000, 20_000], ids=["tiles", "chunks"])
-def test_the_table_is_never_held(max_bytes):
-    b, s, t, c = 12, 7, 5, 200
-    parts = problem(b=b, s=s, t=t, c=c)
-    with _Largest() as largest, mock.patch.object(module, "_TABLES", 1):
-        with_gradient(fused, parts, max_bytes=max_bytes)
-    assert largest.elements <= max(max_bytes // 8, (s + t + 1) * 1, c * 4, b * s * 4)
-    assert largest.elements < b * s * c / 4
+def test_memory_is_flat_in_the_prototypes_but_for_their_gradient():
+    settings = {"b": 2, "s": 13, "t": 7, "d": 2, "e": 2}
+    few, many = (
+        peak_bytes(problem(c=c, **settings), max_bytes=300_000) - 3 * c * 2 * 8
+        for c in (4_000, 32_000)
+    )
+    assert many <= 1.1 * few
 
 
 def test_teacher_and_shares_receive_no_gradient():
