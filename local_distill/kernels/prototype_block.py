@@ -17,26 +17,52 @@ __all__ = ["Product", "Rows", "loss_and_slope", "rows_of", "slices"]
 _FEW_CANDIDATES = 8
 # Tables of the size of a block of rows that are alive at once.
 _TABLES = 2
+# Whether torch can sum products of half precision in float32; it came with 2.8.
+_CAN_WIDEN = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
 
 
 class Product(NamedTuple):
     """How scores come from features: scale · features · weightᵀ + offset."""
 
-    weight: Tensor
+    weight: Tensor  # in the type that products are done in
     scale: Tensor
     offset: Tensor | None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What all is computed in."""
-        return self.weight.dtype
+    dtype: torch.dtype  # what they are summed in, and all else is done in
 
     def scores(self, features: Tensor, columns: slice) -> Tensor:
         """(n, columns), a new table."""
-        weight, scaled = self.weight[columns], features.to(self.dtype) * self.scale
+        weight = self.weight[columns]
+        if weight.dtype != self.dtype:
+            table = self._multiply(features, weight.T).mul_(self.scale)
+            return table if self.offset is None else table.add_(self.offset[columns])
+        scaled = features.to(self.dtype) * self.scale
         if self.offset is None:
             return scaled @ weight.T
         return torch.addmm(self.offset[columns].to(self.dtype), scaled, weight.T)
+
+    def add_slope_(self, slope: Tensor, table: Tensor, columns: slice) -> None:
+        """Add the gradient in the features, table · weight, but for the scale."""
+        weight = self.weight[columns]
+        if weight.dtype == self.dtype:
+            slope.addmm_(table, weight)
+        else:
+            slope.add_(self._multiply(table, weight))
+
+    def add_weight_slope_(
+        self, slope: Tensor, table: Tensor, features: Tensor, factor: Tensor
+    ) -> None:
+        """Add the gradient in some prototypes, factor · tableᵀ · features, but for the scale."""
+        if self.weight.dtype == self.dtype:
+            slope.addmm_(table.T, features.to(self.dtype) * factor)
+        else:
+            slope.add_(self._multiply(table.T, features).mul_(factor))
+
+    def _multiply(self, left: Tensor, right: Tensor) -> Tensor:
+        """Of numbers in half precision, summed in float32."""
+        left, right = left.to(self.weight.dtype), right.to(self.weight.dtype)
+        if left.is_cuda and _CAN_WIDEN:
+            return torch.mm(left, right, out_dtype=self.dtype)
+        return left.to(self.dtype) @ right.to(self.dtype)
 
 
 class _Norm(NamedTuple):
@@ -56,9 +82,10 @@ class Rows(NamedTuple):
     student: Tensor  # (n, d)
     teacher: Tensor  # (m, e)
     place: Tensor | None  # (n,) where they stand among all of the student's, None: all do
-    mass: Tensor  # (n, 1)
+    mass: Tensor  # (n, 1), of the largest
     number: Tensor  # (n, k) row of the teacher's, m: none
-    share: Tensor  # (n, k)
+    share: Tensor  # (n, k), of the largest mass
+    largest: Tensor  # the mass that all are divided by, so that no slope is small in half precision
 
     def answer(self, probs: Tensor, rows: slice) -> Tensor:
         """(rows, columns) what the teacher's distributions (m + 1, columns) say of some rows."""
@@ -88,9 +115,12 @@ def _numbered(
     number = torch.where(share != 0, index + first, none).flatten(0, 1)
     shares = share.to(dtype).flatten(0, 1)
     mass = shares.sum(-1, keepdim=True)
+    largest = mass.amax() if mass.numel() else mass.sum()
+    largest = torch.where(largest > 0, largest, torch.where(largest == 0, 1.0, largest))
     read = torch.zeros(none + 1, dtype=torch.bool, device=index.device)
     read.index_fill_(0, number.flatten(), True)
-    rows = Rows(student.flatten(0, 1), teacher.flatten(0, 1), None, mass, number, shares)
+    relative = mass / largest, number, shares / largest, largest
+    rows = Rows(student.flatten(0, 1), teacher.flatten(0, 1), None, *relative)
     return rows, mass[:, 0] != 0, read[:none]
 
 
@@ -111,6 +141,7 @@ def _kept_rows(rows: Rows, answered: Tensor, read: Tensor) -> Rows:
         rows.mass[place],
         anew[rows.number[place]],
         rows.share[place],
+        rows.largest,
     )
 
 
@@ -134,17 +165,18 @@ def loss_and_slope(
     if len(tiles) > 1:
         norm = _norm(ours, rows.student, tiles)
         teacher_norm = _norm(theirs, rows.teacher, tiles)
-    features = rows.student.to(ours.dtype)
     for columns in tiles:
         probs = _distributions(theirs, rows.teacher, columns, teacher_norm)
         table = ours.scores(rows.student, columns)
         for block in _row_blocks(table):
             total += _slope_(table[block], rows.answer(probs, block), rows.mass[block], norm, block)
         if slope is not None:
-            slope.addmm_(table, ours.weight[columns])
+            ours.add_slope_(slope, table, columns)
         if weight_slope is not None:
-            weight_slope[columns].addmm_(table.T, features)
-    return total, slope
+            ours.add_weight_slope_(weight_slope[columns], table, rows.student, rows.largest)
+    if slope is not None:
+        slope.mul_(rows.largest)
+    return total * rows.largest, slope
 
 
 def _slope_(

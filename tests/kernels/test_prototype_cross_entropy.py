@@ -140,6 +140,27 @@ def test_it_is_at_least_as_near_to_the_truth_as_the_plain_form(dtype, max_bytes)
         assert error(found, expected) <= max(error(other, expected), least)
 
 
+@pytest.mark.parametrize("max_bytes", [3_000, 10**6], ids=["tiles", "chunks"])
+@pytest.mark.parametrize("factor", [1.0, 1e-7], ids=["large", "small shares"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_of_half_precision_as_a_gpu_does_them(dtype, factor, max_bytes):
+    """All of that path but the one product: what is rounded, and that no slope is lost."""
+    student, weight, *rest, share = problem(3, c=301, d=32, e=16, dtype=dtype)
+    parts = student, weight, *rest, share * factor
+    wide = [one if one is None or not one.is_floating_point() else one.double() for one in parts]
+    wide[:2] = [one.detach().requires_grad_() for one in wide[:2]]
+    wanted, wanted_gradients = with_gradient(plain, wide)
+    with mock.patch.object(module, "_product_dtype", return_value=dtype):
+        value = fused(*parts, max_bytes=max_bytes)
+        # as a loss scale would, so that the gradients themselves fit into float16
+        gradients = torch.autograd.grad(value / factor, parts[:2])
+    torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=0)
+    for found, expected in zip(gradients, wanted_gradients, strict=True):
+        largest = float(expected.abs().max()) / factor
+        error = float((found.double() - expected / factor).abs().max())
+        assert error <= 4 * torch.finfo(dtype).eps * largest
+
+
 def test_rows_that_take_no_part_may_be_nan():
     student, weight, teacher, *rest = problem()
     wanted = with_gradient(fused, (student, weight, teacher, *rest))
