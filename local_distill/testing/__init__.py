@@ -31,12 +31,14 @@ from local_distill.testing.check_targets import (  # noqa: E402
     targets_properties,
     targets_test,
 )
-from local_distill.testing.loss_properties import LossExample  # noqa: E402
-from local_distill.testing.matcher_faults import (  # noqa: E402
-    FaultResult,
-    fault_table,
-    matcher_faults,
+from local_distill.testing.fault_tables import FaultResult, fault_table  # noqa: E402
+from local_distill.testing.loss_faults import (  # noqa: E402
+    LossStep,
+    LossSubject,
+    loss_faults,
 )
+from local_distill.testing.loss_properties import LossExample  # noqa: E402
+from local_distill.testing.matcher_faults import matcher_faults  # noqa: E402
 from local_distill.testing.matcher_properties import MatcherExample  # noqa: E402
 from local_distill.testing.properties import PropertyFailed  # noqa: E402
 from local_distill.testing.strategies import (  # noqa: E402
@@ -46,6 +48,7 @@ from local_distill.testing.strategies import (  # noqa: E402
     tokens,
     view_pairs,
 )
+from local_distill.testing.target_faults import target_faults  # noqa: E402
 from local_distill.testing.target_properties import TargetsExample  # noqa: E402
 
 if TYPE_CHECKING:
@@ -59,6 +62,8 @@ if TYPE_CHECKING:
 __all__ = [
     "FaultResult",
     "LossExample",
+    "LossStep",
+    "LossSubject",
     "MatcherExample",
     "PropertyFailed",
     "TargetsExample",
@@ -69,6 +74,7 @@ __all__ = [
     "check_transform",
     "crop_geometries",
     "fault_table",
+    "loss_faults",
     "loss_kind",
     "loss_properties",
     "loss_test",
@@ -77,6 +83,7 @@ __all__ = [
     "matcher_properties",
     "matcher_test",
     "matches",
+    "target_faults",
     "targets_properties",
     "targets_test",
     "token_grids",

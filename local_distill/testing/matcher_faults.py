@@ -1,22 +1,24 @@
 """A table of faults: what a matcher makes of each kind of bad or extreme input.
 
-Properties (`check_matcher`) are searched for counter-examples; here each row is one fixed case, so
-that the whole table can be read at a glance, and printed.
+The matchers' rows of `fault_tables`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from local_distill.errors import ConfigError, LocalDistillError
 from local_distill.geometry import from_box
 from local_distill.matching.match_views import match_views
 from local_distill.structures import Matcher, TokenGrid, Tokens
 from local_distill.testing.check_matcher import matcher_kind
+from local_distill.testing.fault_tables import (
+    FaultCases,
+    FaultResult,
+    NotApplicable,
+)
 from local_distill.testing.matcher_properties import REGISTRY, MatcherExample, MatcherKind
 from local_distill.testing.matcher_properties._changing import (
     images,
@@ -30,32 +32,12 @@ from local_distill.testing.matcher_properties._changing import (
 from local_distill.testing.matcher_properties._comparing import ensure_exact, ensure_same, run
 from local_distill.testing.properties import ensure
 
-__all__ = ["FaultResult", "fault_table", "matcher_faults"]
-
-
-class FaultResult(NamedTuple):
-    """What a matcher made of one fault.
-
-    Attributes:
-        group: the kind of fault: numbers, tokens, geometry, views, layout, compile.
-        fault: the case.
-        outcome: ``"right"``, ``"refused"`` (a `LocalDistillError`), ``"-"`` (does not apply), or
-            ``"WRONG"``.
-        detail: the error's message, or what is wrong.
-    """
-
-    group: str
-    fault: str
-    outcome: str
-    detail: str
-
-
-class _NotApplicable(Exception):
-    pass
+__all__ = ["matcher_faults"]
 
 
 Case = Callable[[Matcher, MatcherKind], None]
-_CASES: list[tuple[str, str, Case]] = []
+_CASES = FaultCases()
+_case = _CASES.case
 
 
 def matcher_faults(
@@ -86,74 +68,13 @@ def matcher_faults(
         ['batch of 1: right', 'batch of 0: right', 'teacher batch 1 against 2: refused']
     """
     kind = kind or matcher_kind(matcher)
-    wanted = _known("groups", groups, [group for group, _, _ in _CASES])
-    without = dict(not_applicable or {})
-    _known("not_applicable", without, [fault for _, fault, _ in _CASES])
-    results = []
-    for group, fault, case in _CASES:
-        if group not in wanted:
-            continue
-        detail = ""
-        try:
-            if fault in without:
-                raise _NotApplicable(without[fault])
-            case(matcher, kind)
-            outcome = "right"
-        except _NotApplicable as reason:
-            outcome, detail = "-", str(reason)
-        except LocalDistillError as error:
-            outcome, detail = "refused", str(error)
-        except Exception as error:  # whatever else comes is what the table is there to show
-            outcome, detail = "WRONG", f"{type(error).__name__}: {error}"
-        results.append(FaultResult(group, fault, outcome, detail))
-    return results
-
-
-def fault_table(matchers: Mapping[str, Matcher | Sequence[FaultResult]]) -> str:
-    """The faults of several matchers as a Markdown table, one column a matcher.
-
-    Args:
-        matchers: ``{name: matcher}``, or ``{name: what matcher_faults returned}``.
-
-    Example:
-        >>> from local_distill import NearestMatcher
-        >>> print(fault_table({"Nearest": matcher_faults(NearestMatcher(), groups=["views"])[:2]}))
-        | fault | Nearest |
-        |---|---|
-        | views: batch of 1 | right |
-        | views: batch of 0 | right |
-    """
-    columns = {
-        name: matcher_faults(given) if callable(given) else list(given)
-        for name, given in matchers.items()
-    }
-    lines = [f"| fault | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
-    for row in zip(*columns.values(), strict=True):
-        cells = " | ".join(result.outcome for result in row)
-        lines.append(f"| {row[0].group}: {row[0].fault} | {cells} |")
-    return "\n".join(lines)
-
-
-def _known(name: str, given: Iterable[str] | None, known: Sequence[str]) -> list[str]:
-    chosen = list(dict.fromkeys(known)) if given is None else list(given)
-    for one in chosen:
-        if one not in known:
-            raise ConfigError(f"`{name}` holds {one!r}; there are {list(dict.fromkeys(known))}")
-    return chosen
-
-
-def _case(group: str, fault: str) -> Callable[[Case], Case]:
-    def declare(case: Case) -> Case:
-        _CASES.append((group, fault, case))
-        return case
-
-    return declare
+    return _CASES.run(matcher, kind, groups=groups, not_applicable=not_applicable)
 
 
 def _needs(kind: MatcherKind, what: MatcherKind) -> None:
     """Leave the case out for matchers that do not look at ``what``."""
     if kind not in (what, "both"):
-        raise _NotApplicable(f"looks at no {'geometry' if what == 'geometric' else 'features'}")
+        raise NotApplicable(f"looks at no {'geometry' if what == 'geometric' else 'features'}")
 
 
 def _views(
@@ -182,7 +103,7 @@ def _holds(name: str) -> Case:
     def case(matcher: Matcher, kind: MatcherKind) -> None:
         one = next(declared for declared in REGISTRY if declared.name == name)
         if kind not in one.kinds:
-            raise _NotApplicable("looks at nothing that this fault touches")
+            raise NotApplicable("looks at nothing that this fault touches")
         one.check(matcher, MatcherExample(*_views(), seed=5))
 
     return case

@@ -38,7 +38,7 @@ def dense_contrastive(student, teacher, matches, keys, temp):
 def pixel_consistency(student, teacher, matches):
     images = []
     for image, tokens in enumerate(student):
-        total, masses = 0 * tokens.sum(), 0.0
+        total, masses = tokens[:0].sum(), 0.0
         for i, mass, index, weight in answers(matches, image):
             for j, w in zip(index, weight, strict=True):
                 total = total - w * (unit(tokens[i]) @ unit(teacher[image, j]))
