@@ -122,10 +122,12 @@ def all_gather_with_gradient(
 
     .. math:: ∂L/∂values_r = Σ_{r'} ∂L_{r'}/∂gathered[rows of r]
 
-    Convention: the gradient is *summed* over the processes, as the loss of each of them depends on
-    the rows of all. Where gradients of parameters are then averaged, as DDP does, the loss of each
-    process is its share of the whole times the number of processes. Every process has to run the
-    backward pass through the result, for that is a collective too; an empty share takes part.
+    Convention: L_r is what rank r goes backward from, and the gradients are *summed* over the
+    processes, as the L of each depends on the rows of all; nothing is divided or multiplied by
+    their number W. Where gradients of parameters are then averaged, as DDP does, the mean of the
+    L_r is what is learnt from. So a rank's L_r is either its share of the whole batch's loss times
+    W, or the whole batch's loss itself, worked out alike on every rank. Every process has to run
+    the backward pass through the result, for that is a collective too; an empty share takes part.
 
     Args:
         values: (n, …); n may differ from rank to rank. On all ranks it requires a gradient, or on

@@ -8,7 +8,8 @@ would have to be summed, hence a factor W:
     (1/W) Σ_r J_rᵀ (W · dL/dx_r) = Σ_r J_rᵀ dL/dx_r, the gradient of one process with all rows.
 
 It holds only where nothing but the totals goes into the value: what differs from rank to rank has
-to be summed first. Ranks may hold different numbers of rows, or none.
+to be summed first, or gathered by `distributed.all_gather_with_gradient`, whose gradient is sent
+back. Ranks may hold different numbers of rows, or none.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from local_distill._precision import at_least_float32, no_autocast
-from local_distill.distributed import all_gather_rows, all_reduce_sum, world_size
+from local_distill.distributed import all_reduce_sum, world_size
 from local_distill.losses._pairs import Processes
 
 
@@ -35,34 +36,12 @@ class _Sum(torch.autograd.Function):
         return gradients[0] * ctx.ranks, None
 
 
-class _Rows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.ranks = world_size(group)
-        lengths = all_gather_rows(torch.tensor([values.shape[0]], device=values.device), group)
-        ctx.first = int(lengths[: dist.get_rank(group)].sum())
-        ctx.length = values.shape[0]
-        return all_gather_rows(values, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
-        return gradients[0][ctx.first : ctx.first + ctx.length] * ctx.ranks, None
-
-
 def all_reduce_sum_with_gradient(values: Tensor, processes: Processes) -> Tensor:
     """The sum over the processes, equal to the bit on all of them, with this rank's gradient."""
     if processes.size == 1:
         return values
     total: Tensor = _Sum.apply(values, processes.group)
     return total
-
-
-def all_gather_rows_with_gradient(values: Tensor, processes: Processes) -> Tensor:
-    """The rows of all processes in the order of ranks, with this rank's gradient."""
-    if processes.size == 1:
-        return values
-    rows: Tensor = _Rows.apply(values, processes.group)
-    return rows
 
 
 def centered_rows(

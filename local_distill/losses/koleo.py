@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from local_distill._check import Axes, check_floating, check_positive, check_sequence
 from local_distill._precision import at_least_float32, no_autocast
-from local_distill.distributed import all_gather_rows
-from local_distill.errors import ShapeError
-from local_distill.losses._batch_statistics import (
-    all_gather_rows_with_gradient,
-    all_reduce_sum_with_gradient,
+from local_distill.distributed import (
+    all_gather_rows,
+    all_gather_with_gradient,
+    process_rank,
+    row_counts,
 )
+from local_distill.errors import ShapeError
+from local_distill.losses._batch_statistics import all_reduce_sum_with_gradient
 from local_distill.losses._pairs import Processes
 from local_distill.losses._unit_rows import unit_directions
 
@@ -157,16 +159,19 @@ def _koleo(
     if valid is not None:
         values = torch.where(valid[:, None], values, 0.0)
     rows, present = unit_directions(values)
-    across = across and processes.size > 1
-    everyone, all_present = rows, present
-    if across:
-        everyone = all_gather_rows_with_gradient(rows, processes)
-        all_present = all_gather_rows(present, processes.group)
-    nearest = _nearest(rows, everyone, all_present, _first(rows, processes) if across else 0)
-    if across:
-        # From here on every rank works out the whole batch's loss, each with its own rows live.
+    if across and processes.size > 1:
+        # Every rank works out the whole batch's loss. Its gradient, the same on all of them, is
+        # summed on the way back through the gather, which the wrappers' average undoes.
+        counts = row_counts(rows, processes.group)
+        everyone = all_gather_with_gradient(rows, processes.group, counts=counts)
+        all_present = all_gather_rows(present, processes.group, counts=counts)
+        first = sum(counts[: process_rank(processes.group)])
+        nearest = _nearest(rows, everyone, all_present, first)
+        nearest = all_gather_rows(nearest, processes.group, counts=counts)
         rows, present = everyone, all_present
-        nearest = all_gather_rows(nearest, processes.group)
+    else:
+        across = False
+        nearest = _nearest(rows, rows, present, 0)
     counted = present & (present.sum() >= 2)
     difference = rows - rows[nearest]
     same = (difference == 0).all(-1) | ~counted
@@ -191,9 +196,3 @@ def _nearest(rows: Tensor, everyone: Tensor, present: Tensor, first: int) -> Ten
     everybody = torch.arange(everyone.shape[0], device=rows.device)
     hidden = (own[:, None] == everybody) | ~present
     return products.masked_fill(hidden, -torch.inf).argmax(1)
-
-
-def _first(rows: Tensor, processes: Processes) -> int:
-    """How many rows the ranks before this one hold."""
-    length = torch.tensor([rows.shape[0]], device=rows.device)
-    return int(all_gather_rows(length, processes.group)[: dist.get_rank(processes.group)].sum())

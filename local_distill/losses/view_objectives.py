@@ -27,8 +27,8 @@ class MocoV3Objective(PairwiseObjective):
     negatives are the answers to all other matched tokens of this pair of views, those of the same
     image included, in the whole batch; two tokens with one answer are negatives of each other, so
     matches that are one to one (`Mutual`) serve best. With b·s tokens and B images on all processes
-    that is a table of (l·b·s) × (B·s) logits a pair: beyond 2²⁵ entries it is worked out in blocks,
-    and again in the backward pass.
+    that would be a table of (l·b·s) × (B·s) logits a pair: it is worked out in blocks, with the
+    student's gradient on the way, and can be differentiated once.
 
     Args:
         temp: τ, above 0.

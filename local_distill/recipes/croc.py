@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from local_distill._check import Axes, check_positive, check_sequence
 from local_distill._precision import at_least_float32
+from local_distill.distributed import all_gather_with_gradient
 from local_distill.errors import ShapeError
+from local_distill.losses._pairs import Processes
 from local_distill.losses._unit_rows import unit_rows
 from local_distill.losses.global_distillation import GlobalDistillationLoss
 from local_distill.losses.local_distillation import LocalDistillationLoss
@@ -131,9 +133,13 @@ class Croc(nn.Module):
         )
         found = self._clusters(teacher, initial, generator)
         valid = found[0].valid
-        student_logits = [student_head(view) for view in _pooled("student", student, found)]
+        learning = self.training and torch.is_grad_enabled()
+        processes = Processes(learning, self.cluster_loss.process_group)
+        pooled = _pooled("student", student, found, processes)
+        student_logits = [student_head(view) for view in pooled]
         with torch.no_grad():
-            teacher_logits = [teacher_head(view) for view in _pooled("teacher", teacher, found)]
+            pooled = _pooled("teacher", teacher, found, processes)
+            teacher_logits = [teacher_head(view) for view in pooled]
         same = Matches.identity(valid)
         local = self.cluster_loss(
             student_logits,
@@ -214,8 +220,9 @@ def croc(
 
     Convention: two views. The heads come from the caller: as published a DINO head of which the
     last layer is the clusters' own. They see a zero row for each cluster that is not valid. Each
-    side's [CLS] length is the mean over both views of this process's images, and the student's has
-    a gradient.
+    side's [CLS] length is the mean over both views of all images, of all processes when training
+    with grad enabled, and the student's has a gradient. With ``cost_scale="batch"`` the clusters
+    are those of this process's batch alone.
 
     Args:
         num_prototypes: c.
@@ -260,7 +267,7 @@ def croc(
     package's default in `JointClusters`; positions are exact centres, not means of a map resized
     bicubically; two equal largest parts do not put a token in two clusters; no set of valid
     clusters is read back from the device; processes whose numbers of clusters differ weigh by
-    them, where theirs weigh all processes alike.
+    them, where theirs weigh all processes alike, and each takes the [CLS] length of its own images.
     """
     return Croc(
         GlobalDistillationLoss(
@@ -288,7 +295,9 @@ def croc(
     )
 
 
-def _pooled(name: str, views: Sequence[CrocView], found: Sequence[Clusters]) -> list[Tensor]:
+def _pooled(
+    name: str, views: Sequence[CrocView], found: Sequence[Clusters], processes: Processes
+) -> list[Tensor]:
     """Each view's clusters (b, h·k, d), of the mean length of the [CLS] tokens."""
     axes = Axes()
     tokens = []
@@ -298,11 +307,21 @@ def _pooled(name: str, views: Sequence[CrocView], found: Sequence[Clusters]) -> 
             raise ShapeError(f"`{name}[{v}].tokens` has no `features`: give the last layer's")
         features = axes.bind(f"{name}[{v}].tokens.features", view.tokens.features, f"b n{v} d")
         tokens.append(features)
-    length = torch.cat([_lengths(view.cls) for view in views]).mean()
+    length = _mean(torch.cat([_lengths(view.cls) for view in views]), processes)
     return [
         length * unit_rows(part.pool(features))
         for part, features in zip(found, tokens, strict=True)
     ]
+
+
+def _mean(values: Tensor, processes: Processes) -> Tensor:
+    """The mean of all processes' values, through which the loss of each reaches those of all."""
+    if processes.size == 1:
+        return values.mean()
+    totals = torch.stack((values.sum(), values.new_tensor(float(values.shape[0]))))
+    whole = all_gather_with_gradient(totals[None], processes.group, counts=[1] * processes.size)
+    total, count = whole.sum(0).unbind()
+    return total / count.clamp_min(1.0)
 
 
 def _lengths(rows: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def said_by_all(script, ranks, /, **settings):
         said = []
         try:
             for worker in workers:
-                out, err = worker.communicate(timeout=120)
+                out, err = worker.communicate(timeout=240)
                 assert worker.returncode == 0, err
                 said.append(json.loads(out.splitlines()[-1]))
         finally:  # nobody is left waiting for one that failed

@@ -1,4 +1,4 @@
-"""DenseCL's losses against naive float64 loops, with their queue, over several processes."""
+"""DenseCL's losses against naive float64 loops, with their queue."""
 
 import copy
 import math
@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from helpers.feature_kit import feature_loss_test
-from helpers.feature_processes import results_of, run
 from helpers.strategies import matches_for
 from hypothesis import given
 from hypothesis import strategies as st
@@ -336,45 +335,3 @@ def test_the_modules_refuse_and_keep_their_queue():
         with pytest.raises(ConfigError, match="temp"):
             dense_contrastive_loss(*step(), temp=temp)
     assert "temp=0.2" in repr(copy.deepcopy(loss))
-
-
-def wide(numbers):
-    return torch.tensor(numbers, dtype=torch.float64)
-
-
-TWO = tuple(
-    (name, sizes, poison)
-    for name in ("dense", "global")
-    for sizes, poison in (((4, 4), -1), ((6, 2), -1), ((8, 0), -1), ((2, 2), 1))
-)
-THREE = (("dense", (3, 3, 2), -1), ("global", (3, 0, 5), -1))
-
-
-@pytest.mark.parametrize("case", [c for c in TWO + THREE if c[2] < 0], ids=str)
-def test_processes_agree_with_one(case):
-    name, sizes, _ = case
-    results = results_of(TWO if len(sizes) == 2 else THREE)[case]
-    whole = run(name, sum(sizes), slice(None))
-    assert len(results) == len(sizes)
-    for result in results:
-        assert result["value"] == pytest.approx(whole["value"], rel=1e-9)
-        # to the bit on all ranks, and as of one process
-        assert result["state"] == results[0]["state"]
-        for part, wanted in whole["state"].items():
-            torch.testing.assert_close(wide(result["state"][part]), wide(wanted))
-        assert result["eval"] == pytest.approx(result["alone"], rel=1e-12)
-    # gradients are averaged over the processes by data-parallel wrappers
-    shares = torch.cat([wide(result["gradient"]).reshape(-1, 4, 3) for result in results])
-    torch.testing.assert_close(shares / len(sizes), wide(whole["gradient"]))
-
-
-@pytest.mark.parametrize("name", ["dense", "global"])
-def test_nan_on_one_rank_enters_the_queue_of_none(name):
-    results = results_of(TWO)[name, (2, 2), 1]
-    prefix = "queue." if name == "dense" else "dense.queue."
-    for result in results:
-        assert result["state"] == results[0]["state"]
-        keys = torch.tensor(result["state"][prefix + "keys"])
-        assert bool(keys.isfinite().all())
-        assert result["state"][prefix + "skipped"] == 1
-        assert math.isfinite(result["value"])  # two steps later all is well

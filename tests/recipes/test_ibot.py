@@ -1,10 +1,9 @@
 """The recipe `ibot` against the authors' code, and what any loop may do with it."""
 
-import copy
-
 import pytest
 import torch
-from helpers.recipe_views import gradient_numbers, leaves, views, wave
+from helpers.check_recipe import check_checkpoint, check_compiles, check_golden, check_two_centers
+from helpers.recipe_views import leaves, views, wave
 
 from local_distill import Centering, ConfigError, MaskedDistillationLoss, ShapeError, ViewOutput
 from local_distill.losses.global_distillation import GlobalDistillationLoss
@@ -41,18 +40,16 @@ def small(outputs):
 
 def test_loss_and_gradient_are_those_of_the_published_code():
     loss = ibot(6).double()
-    for phase, (value, gradient) in zip((0.0, 0.7), GOLDEN, strict=True):
-        student = small(views(4, 6, phase=phase, grad=True))
-        terms = loss(
-            student,
+
+    def step(phase):
+        student, teacher = (
+            small(views(4, 6, phase=phase, grad=True)),
             views(2, 6, phase=phase + 100),
-            [*masks(phase), None, None],
-            teacher_temp=0.05,
-            teacher_token_temp=0.06,
         )
-        terms.loss.backward()
-        assert float(terms.loss.detach()) == pytest.approx(value, rel=1e-6)
-        assert gradient_numbers(leaves(student)) == pytest.approx(gradient, rel=1e-6)
+        temps = {"teacher_temp": 0.05, "teacher_token_temp": 0.06}
+        return loss(student, teacher, [*masks(phase), None, None], **temps), leaves(student)
+
+    check_golden(GOLDEN, step)
 
 
 def test_teacher_and_tokens_that_were_not_masked_receive_no_gradient():
@@ -111,16 +108,9 @@ def test_nothing_masked_is_nothing_to_learn():
 
 
 def test_state_goes_through_a_checkpoint():
-    loss, later = ibot(6), ibot(6)
-    step = (views(2, 6), views(2, 6, phase=9), masks())
-    loss(*step, teacher_temp=0.05)
-    later.load_state_dict(loss.state_dict())
-    centers = [loss.global_loss.targets.center, loss.masked_loss.targets.center]
-    assert not torch.equal(*centers)
-    assert all(center.abs().sum() > 0 for center in centers)
-    value = loss.eval()(*step, teacher_temp=0.05).loss
-    for other in (later, copy.deepcopy(loss)):
-        assert torch.equal(value, other.eval()(*step, teacher_temp=0.05).loss)
+    step = views(2, 6), views(2, 6, phase=9), masks()
+    loss = check_checkpoint(lambda: ibot(6), step, teacher_temp=0.05)
+    check_two_centers(loss.global_loss, loss.masked_loss)
 
 
 def test_weights_and_settings_reach_the_parts():
@@ -167,8 +157,4 @@ def test_bad_settings_are_refused():
 
 def test_compiles_into_one_graph():
     step = (views(2, 6, grad=True), views(2, 6, phase=9), masks())
-    loss = ibot(6)
-    compiled = torch.compile(copy.deepcopy(loss), fullgraph=True, backend="eager")
-    for _ in range(2):
-        expected = loss(*step, teacher_temp=0.05).loss
-        torch.testing.assert_close(compiled(*step, teacher_temp=0.05).loss, expected)
+    check_compiles(ibot(6), step, teacher_temp=0.05)
