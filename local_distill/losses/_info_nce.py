@@ -6,21 +6,17 @@ import math
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from local_distill._precision import no_autocast
 from local_distill.distributed import (
     all_gather_rows,
     all_gather_with_gradient,
     process_rank,
     row_counts,
 )
+from local_distill.kernels.log_normalizer import log_normalizer
 from local_distill.losses._pairs import Pair, Processes
 from local_distill.losses._view_rows import KeyName, ViewRows
 
-# Entries of the table of logits that may be held for the backward pass; a larger one is worked out
-# in blocks of rows, and once more in the backward pass.
-_TABLE = 2**25
 # The image of a key that no row is kept from seeing.
 _ANY = -1
 
@@ -42,26 +38,26 @@ def info_nce(
     """
     keys, mass, start = _gathered(rows, processes, lost_gradient)
     losses = {}
-    for pair, own_mass in rows.mass.items():
+    for pair in rows.mass:
         student, name = rows.student[pair[0]], rows.answer[pair]
         layers, b, s, d = student.shape
         images = keys[name].shape[0]
         seen, valid = keys[name].reshape(images * s, d), (mass[pair] != 0).flatten()
-        image = torch.full_like(valid, _ANY, dtype=torch.int64)
+        image = own_image = None
         if pair[0] in rows.own:
             seen = torch.cat((seen, keys[rows.own[pair[0]]].reshape(images * s, d)))
-            numbers = torch.arange(images, device=seen.device)
-            image = torch.cat((image, numbers[:, None].expand(images, s).reshape(-1)))
+            numbers = torch.arange(images, device=seen.device)[:, None].expand(images, s)
+            image = torch.cat((torch.full_like(valid, _ANY, dtype=torch.int64), numbers.flatten()))
             valid = torch.cat((valid, valid))
-        own_image = torch.arange(start, start + b, device=seen.device)[:, None].expand(b, s)
-        normalizer = _log_normalizer(
+            own_image = torch.arange(start, start + b, device=seen.device)[:, None].expand(b, s)
+            own_image = own_image.reshape(-1).repeat(layers)
+        normalizer = log_normalizer(
             student.reshape(layers * b * s, d),
             seen,
-            (own_mass != 0).flatten().repeat(layers),
-            valid,
-            own_image.reshape(-1).repeat(layers),
-            image,
             temp,
+            valid=valid,
+            row_image=own_image,
+            key_image=image,
         )
         agreement = (student * rows.keys[name]).sum(-1) / temp
         losses[pair] = normalizer.reshape(layers, b, s) - agreement
@@ -92,50 +88,3 @@ def _gathered(
     ]
     keys = dict(zip(rows.keys, tables[: len(rows.keys)], strict=True))
     return keys, dict(zip(rows.mass, tables[len(rows.keys) :], strict=True)), start
-
-
-def _log_normalizer(
-    rows: Tensor,
-    keys: Tensor,
-    valid: Tensor,
-    key_valid: Tensor,
-    image: Tensor,
-    key_image: Tensor,
-    temp: float,
-) -> Tensor:
-    """(R,) logsumexp of rows (R, d) · keys (K, d) / temp over the keys that count."""
-    if rows.shape[0] * keys.shape[0] <= _TABLE:
-        return _block(rows, keys, valid, key_valid, image, key_image, temp)
-    height = max(1, _TABLE // keys.shape[0])
-    blocks = [
-        checkpoint(
-            _block,
-            rows[first : first + height],
-            keys,
-            valid[first : first + height],
-            key_valid,
-            image[first : first + height],
-            key_image,
-            temp,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for first in range(0, rows.shape[0], height)
-    ]
-    return torch.cat(blocks)
-
-
-def _block(
-    rows: Tensor,
-    keys: Tensor,
-    valid: Tensor,
-    key_valid: Tensor,
-    image: Tensor,
-    key_image: Tensor,
-    temp: float,
-) -> Tensor:
-    with no_autocast(rows):
-        logits = rows @ keys.T / temp
-    logits = torch.where(key_valid & (key_image != image[:, None]), logits, -torch.inf)
-    # A row that does not count may have no key at all, and the logsumexp of nothing no gradient.
-    return torch.where(valid[:, None], logits, 0.0).logsumexp(-1)

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from local_distill._check import Axes, check_positive
-from local_distill._precision import at_least_float32, no_autocast
+from local_distill._precision import at_least_float32
 from local_distill.errors import ShapeError
+from local_distill.kernels.log_normalizer import log_normalizer, runs_plainly
 from local_distill.losses._matched_features import check_feature_pairs
 from local_distill.losses._pairs import Pair, Processes, graph_zero, pair_scales
 from local_distill.losses._unit_rows import unit_rows
@@ -64,7 +65,7 @@ def dense_contrastive_loss(
         tensor(0.3133)
 
     Source: "Dense Contrastive Learning for Self-Supervised Visual Pre-Training" (DenseCL, CVPR
-    2021), equation 2.
+    2021), its L_r.
     """
     check_feature_pairs([student], [teacher], {(0, 0): matches})
     axes = Axes()
@@ -88,9 +89,11 @@ def dense_contrastive_loss(
 class DenseContrastiveLoss(nn.Module):
     """`dense_contrastive_loss` over all pairs of views of a step, with a queue of negatives.
 
-    Convention: pairs are averaged; a pair without a match gives 0. After use, when training with
-    grad enabled, the queue takes in one key an image for each teacher view that takes part: the
-    mean of its tokens' features, brought to length 1. With a process group the loss returns the
+    Convention: pairs are averaged; a pair without a match gives 0. Tokens meet the queue in blocks,
+    with the gradient worked out on the way (`kernels.log_normalizer`): there is no table of tokens
+    and keys, and no second derivative. After use, when training with grad enabled, the queue takes
+    in one key an image for each teacher view that takes part: the mean of its tokens' features,
+    brought to length 1. With a process group the loss returns the
     whole batch's value on every rank, with this rank's share of the gradient, and assumes that
     gradients are averaged over processes, as DDP does; in evaluation and under ``no_grad`` nothing
     is sent.
@@ -114,7 +117,7 @@ class DenseContrastiveLoss(nn.Module):
         (2, True)
 
     Source: "Dense Contrastive Learning for Self-Supervised Visual Pre-Training" (DenseCL, CVPR
-    2021), equation 2; temperature 0.2 and 65,536 keys in its section 4.1.
+    2021), its L_r; temperature 0.2 and 65,536 keys in its published settings.
 
     Deviations from the authors' code: any list of views, pairs and matches, where it has one query
     and one key view and the most similar token; the queue starts empty, see `NegativeQueue`.
@@ -160,8 +163,10 @@ class DenseContrastiveLoss(nn.Module):
                         f"{tuple(features.shape)}) but this queue was made for dim={self.queue.dim}"
                     )
         learning = self.training and torch.is_grad_enabled()
-        # A copy, as `update` writes to the queue before the backward pass has read it.
-        negatives = self.queue.keys.clone() if learning else self.queue.keys
+        negatives = self.queue.keys
+        if learning and not all(runs_plainly(view) for view in student if view is not None):
+            # The plain form's backward pass reads them, and `update` writes to the queue before it.
+            negatives = negatives.clone()
         loss = _contrast(
             student,
             teacher,
@@ -210,7 +215,9 @@ def _contrast(
         some = torch.stack([counted[pair].weight[..., 0] for pair in own]).any(0)
         # Before it is brought to length 1, not after: 0 · NaN is NaN, in the gradient too.
         x = unit_rows(torch.where(some[..., None], at_least_float32(features), 0.0))
-        against = _log_sum_of_negatives(x, negatives, valid, temp)
+        against = log_normalizer(x.flatten(0, 1), negatives.to(x.dtype), temp, valid=valid).reshape(
+            x.shape[:2]
+        )
         for pair in own:
             weight = counted[pair].weight[..., 0].to(x.dtype)
             answer = _answers(teacher[pair[1]], matches[pair])
@@ -228,13 +235,3 @@ def _answers(teacher: Tensor | None, matches: Matches) -> Tensor:
     """(b, s, d) of length 1: the direction in which each student token's matches lie."""
     assert teacher is not None  # checked with the pairs
     return unit_rows(matches.gather(unit_rows(teacher.detach())))
-
-
-def _log_sum_of_negatives(x: Tensor, negatives: Tensor, valid: Tensor, temp: float) -> Tensor:
-    """(b, s) log Σ_r exp(x·n_r / τ) over the valid negatives, by one table of (b·s, r)."""
-    # Finite, so that a queue without any valid key gives gradients of 0, not of NaN.
-    never = torch.finfo(x.dtype).min / 2
-    bias = torch.zeros_like(valid, dtype=x.dtype).masked_fill(~valid, never)
-    with no_autocast(x):
-        scores = torch.addmm(bias, x.flatten(0, 1), negatives.to(x.dtype).mT, alpha=1 / temp)
-    return scores.logsumexp(-1).reshape(x.shape[:2])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from local_distill._check import Axes, check_at_least, check_floating, check_sequence, check_weight
+from local_distill._precision import no_autocast
 from local_distill.errors import ConfigError, ShapeError
 from local_distill.losses._pairs import Pair
 from local_distill.losses.pairwise_objective import PairwiseObjective
@@ -189,10 +190,15 @@ def _joined(parts: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
     """The layers of the parts behind each other, view by view."""
     if len(parts) == 1:
         return list(parts[0])
-    views = []
+    views: list[Tensor | None] = []
     for own in zip(*parts, strict=True):
         given = [layers for layers in own if layers is not None]
-        views.append(torch.cat(given) if given else None)
+        if not given:
+            views.append(None)
+            continue
+        # Autocast to one half precision refuses to put tensors of the other one together.
+        with no_autocast(given[0]):
+            views.append(torch.cat(given))
     return views
 
 

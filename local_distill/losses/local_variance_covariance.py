@@ -156,11 +156,8 @@ class VICRegLLoss(nn.Module):
         both = torch.cat((x, y), 1)
         valid = (weight > 0).repeat(1, 2)
         variance, covariance = settings.penalties(both, valid, processes)
-        return (
-            settings.invariance_weight * weighted_invariance(x, y, weight, processes)
-            + settings.variance_weight * variance
-            + settings.covariance_weight * covariance
-        )
+        invariance = weighted_invariance(x, y, weight, processes)
+        return settings.weighted(invariance, variance, covariance).to(both.dtype)
 
     def extra_repr(self) -> str:
         """The settings, for print."""

@@ -184,7 +184,9 @@ class PatchOrderLoss(nn.Module):
             mass = matches.weight.to(x.dtype).sum(-1)
             y = matches.gather(teacher.detach())
             x = torch.where((mass > 0)[..., None], x, 0.0)
-        anchors = unit_directions(at_least_float32(references.detach()))[0]
+        # In the student's precision, whichever those of the teacher and of the references are.
+        y = y.to(x.dtype)
+        anchors = unit_directions(references.detach().to(x.dtype))[0]
         with no_autocast(x):
             ours = (unit_directions(x)[0] @ anchors.mT).flatten(0, 1)
             theirs = (unit_directions(y)[0] @ anchors.mT).flatten(0, 1)

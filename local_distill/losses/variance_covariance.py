@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -16,7 +17,7 @@ from local_distill._check import (
     check_view_pairs,
     check_weight,
 )
-from local_distill._precision import at_least_float32
+from local_distill._precision import at_least_float32, widest
 from local_distill.errors import ShapeError
 from local_distill.losses._batch_statistics import (
     all_reduce_sum_with_gradient,
@@ -24,6 +25,7 @@ from local_distill.losses._batch_statistics import (
     batch_variance,
 )
 from local_distill.losses._pairs import Pair, Processes
+from local_distill.losses._wide_squares import sum_of_squares
 
 __all__ = ["VICRegLoss", "covariance_loss", "invariance_loss", "variance_loss"]
 
@@ -60,8 +62,9 @@ def invariance_loss(student: Tensor, teacher: Tensor, *, valid: Tensor | None = 
     axes = Axes()
     x, flags = _positions("student", student, valid, axes)
     y, _ = _positions("teacher", teacher, None, axes)
-    weight = x.new_ones(x.shape[:2]) if flags is None else flags.to(at_least_float32(x).dtype)
-    return weighted_invariance(x, y, weight, _ALONE)
+    dtype = torch.promote_types(at_least_float32(x).dtype, at_least_float32(y).dtype)
+    weight = x.new_ones(x.shape[:2], dtype=dtype) if flags is None else flags.to(dtype)
+    return weighted_invariance(x, y, weight, _ALONE).to(dtype)
 
 
 def variance_loss(
@@ -109,7 +112,8 @@ def covariance_loss(values: Tensor, *, valid: Tensor | None = None) -> Tensor:
     .. math:: c = (1/d) Σ_{i≠j} C_ij², C = Σ (x - mean)(x - mean)ᵀ / (N - 1)
 
     Convention: as `variance_loss`: over the axis b alone, position by position. It grows with the
-    fourth power of the values, and is infinite in float32 from about 1e9 on. No collectives.
+    fourth power of the values: beyond about 1e9 it is more than float32 can say, and infinite.
+    Its gradient grows with the third, and is right up to about 1e12. No collectives.
 
     Args:
         values: (b, d) or (b, n, d).
@@ -131,7 +135,8 @@ def covariance_loss(values: Tensor, *, valid: Tensor | None = None) -> Tensor:
     vectors there are, theirs the batch size of the settings.
     """
     rows, flags = _positions("values", values, valid, Axes())
-    return covariance_penalty(*batch_covariance(rows, flags, _ALONE))
+    covariance, known = batch_covariance(rows, flags, _ALONE)
+    return covariance_penalty(covariance, known).to(covariance.dtype)
 
 
 class VICRegLoss(nn.Module):
@@ -143,7 +148,9 @@ class VICRegLoss(nn.Module):
     whole batch of all processes; every rank returns the whole batch's value with its share's
     gradient, whatever the batch sizes, and assumes that gradients are averaged, as DDP does. In
     evaluation and under ``no_grad`` nothing is sent. With fewer than two images variance and
-    covariance are 0.
+    covariance are 0. The terms are weighed and added in float64, so that the loss is infinite only
+    where float32 cannot say it; the gradient does not depend on that, see `covariance_loss`. A term
+    of weight 0 is left out, however large it is.
 
     Args:
         invariance_weight: λ, at least 0.
@@ -230,16 +237,27 @@ class VICRegLoss(nn.Module):
         variance, covariance = zip(
             *(self.penalties(part, None, processes) for part in rows), strict=True
         )
-        return (
-            self.invariance_weight * torch.stack(invariance).mean()
-            + self.variance_weight * torch.stack(variance).mean()
-            + self.covariance_weight * torch.stack(covariance).mean()
+        total = self.weighted(
+            *(torch.stack(terms).mean() for terms in (invariance, variance, covariance))
         )
+        dtypes = [at_least_float32(values).dtype for values in embeddings]
+        return total.to(functools.reduce(torch.promote_types, dtypes))
+
+    def weighted(self, invariance: Tensor, variance: Tensor, covariance: Tensor) -> Tensor:
+        """The weighted sum of the three terms, in the widest type of the device."""
+        weights = self.invariance_weight, self.variance_weight, self.covariance_weight
+        terms = zip(weights, (invariance, variance, covariance), strict=True)
+        # Left out, as 0 · inf is NaN.
+        counted = [weight * widest(term) for weight, term in terms if weight]
+        return torch.stack(counted).sum() if counted else 0.0 * invariance
 
     def penalties(
         self, values: Tensor, valid: Tensor | None, processes: Processes
     ) -> tuple[Tensor, Tensor]:
-        """`variance_loss` and `covariance_loss` of (b, n, d), over the batch of all processes."""
+        """`variance_loss` and `covariance_loss` of (b, n, d), over the batch of all processes.
+
+        The second in the widest type of the device.
+        """
         covariance, known = batch_covariance(values, valid, processes)
         variance = covariance.diagonal(dim1=1, dim2=2)
         return (
@@ -257,12 +275,13 @@ class VICRegLoss(nn.Module):
 
 
 def weighted_invariance(x: Tensor, y: Tensor, weight: Tensor, processes: Processes) -> Tensor:
-    """`invariance_loss` of (b, n, d) with a weight (b, n) for each vector."""
+    """`invariance_loss` of (b, n, d) with a weight (b, n) for each vector, in the widest type."""
     x, y = at_least_float32(x), at_least_float32(y)
     weight = weight.to(torch.promote_types(x.dtype, y.dtype))
     # Before the square, not after: 0 · NaN is NaN, in the gradient too.
     difference = torch.where((weight > 0)[..., None], x - y, 0.0)
-    total = all_reduce_sum_with_gradient((weight[..., None] * difference.square()).sum(), processes)
+    squares = sum_of_squares(difference)
+    total = all_reduce_sum_with_gradient((weight * squares).sum(), processes)
     mass = processes.sum(weight.sum()) * x.shape[-1]
     return total / torch.where(mass > 0, mass, 1.0)
 
@@ -273,10 +292,13 @@ def variance_penalty(variance: Tensor, known: Tensor, target_std: float, eps: fl
 
 
 def covariance_penalty(covariance: Tensor, known: Tensor) -> Tensor:
-    """Mean over the ``known`` (n,) positions of Σ squares off the diagonal of (n, d, d), over d."""
+    """Mean over the ``known`` (n,) positions of Σ squares off the diagonal of (n, d, d), over d.
+
+    In the widest type.
+    """
     d = covariance.shape[-1]
     diagonal = torch.eye(d, dtype=torch.bool, device=covariance.device)
-    squares = covariance.masked_fill(diagonal, 0.0).square().sum((-2, -1))
+    squares = sum_of_squares(covariance.masked_fill(diagonal, 0.0), axes=2)
     return _mean_of_known(squares / max(d, 1), known)
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from local_distill._check import check_sequence
+from local_distill._precision import no_autocast
 from local_distill.errors import ConfigError, ShapeError
 from local_distill.layer_heads import LayerHeads, LayerOutputs
 from local_distill.losses.intermediate import IntermediateDistillationLoss, IntermediateTerms
@@ -131,7 +132,10 @@ class Sdssl(nn.Module):
                     f"`student_layers[{v}]` has {len(layers)} layers but this recipe was made for "
                     f"depth={depth}"
                 )
-        out = self.student_heads([torch.cat(views) for views in zip(*student_layers, strict=True)])
+        # Autocast to one half precision refuses to put tensors of the other one together.
+        with no_autocast(student_layers[0][0]):
+            together = [torch.cat(views) for views in zip(*student_layers, strict=True)]
+        out = self.student_heads(together)
         sizes = [layers[-1].shape[0] for layers in student_layers]
         views = out.projections.split(sizes, 1)
         return [LayerOutputs(view, view, None) for view in views]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers import feature_oracles as oracles
+from helpers.order_oracle import patch_order
 
 from local_distill import Matches
 from local_distill.losses.dense_contrastive import DenseContrastiveLoss
@@ -20,6 +21,7 @@ from local_distill.losses.gram import GramAnchoringLoss
 from local_distill.losses.koleo import KoLeoLoss
 from local_distill.losses.local_variance_covariance import VICRegLLoss
 from local_distill.losses.negative_queue import NegativeQueue
+from local_distill.losses.patch_order import PatchOrderLoss
 from local_distill.losses.pixel_propagation import PixelConsistencyLoss
 from local_distill.losses.variance_covariance import VICRegLoss
 from local_distill.losses.view_objectives import ByolObjective, MocoV3Objective, SimclrObjective
@@ -143,6 +145,15 @@ COMPONENTS = {
         token_pair,
         lambda live, fixed, matches: GramAnchoringLoss()(live, fixed, {(0, 0): matches}),
         lambda live, fixed, matches: oracles.gram(live[0], fixed[0], matches),
+    ),
+    "patch_order": Component(
+        token_pair,
+        lambda live, fixed, matches: PatchOrderLoss()(
+            live[0], fixed[0], keys(live[0].shape[-1])[:5], matches
+        ),
+        lambda live, fixed, matches: patch_order(
+            live[0], fixed[0], keys(live[0].shape[-1])[:5].double(), matches
+        ),
     ),
     "vicreg": Component(
         two_moderate_views,

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers.order_oracle import comparators
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,42 +15,6 @@ from local_distill.losses.patch_order import PatchOrderLoss, soft_sort
 
 NETWORKS = ["bitonic", "odd_even"]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-
-
-def comparators(network, size):
-    """(layer, low, high) of every comparator, by another way than the code's: by recursion."""
-    if network == "odd_even":
-        return [(layer, i, i + 1) for layer in range(size) for i in range(layer % 2, size - 1, 2)]
-    full = 1
-    while full < size:
-        full *= 2
-    found, layers = [], []
-
-    def merge(first, length, up, at):
-        if length == 1:
-            return
-        half = length // 2
-        found.extend(
-            (at, i, i + half) if up else (at, i + half, i) for i in range(first, first + half)
-        )
-        merge(first, half, up, [*at, 0])
-        merge(first + half, half, up, [*at, 0])
-
-    def sort(first, length, up):
-        if length == 1:
-            return
-        sort(first, length // 2, True)
-        sort(first + length // 2, length // 2, False)
-        merge(first, length, up, [length])
-
-    sort(0, full, True)
-    layers = sorted({tuple(at) for at, _, _ in found}, key=lambda at: (at[0], len(at)))
-    missing = full - size
-    return [
-        (layers.index(tuple(at)), low - missing, high - missing)
-        for at, low, high in found
-        if low >= missing and high >= missing
-    ]
 
 
 def oracle_sort(scores, steepness, network):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from local_distill import ConfigError, Matches, ShapeError
+from local_distill.losses._wide_squares import sum_of_squares
 from local_distill.losses.local_variance_covariance import VICRegLLoss
 from local_distill.losses.variance_covariance import (
     VICRegLoss,
@@ -323,6 +324,100 @@ def test_huge_values_stay_finite_and_right(dtype, autocast):
     assert float(value.detach()) == pytest.approx(float(truth), rel=1e-5)
     value.backward()
     assert all(view.grad.isfinite().all() for view in views)
+
+
+def large(size, *shape, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=g) * size).to(dtype).requires_grad_()
+
+
+def in_both(loss, *inputs):
+    """Value and gradients in float32 and, of the same numbers, in float64."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [part.detach().to(dtype).requires_grad_() for part in inputs]
+        value = loss(*leaves)
+        assert value.dtype == dtype
+        results.append((float(value.detach()), torch.autograd.grad(value, leaves)))
+    return results
+
+
+def assert_right(loss, *inputs):
+    (value, slopes), (truth, wanted) = in_both(loss, *inputs)
+    assert math.isfinite(value)
+    assert value == pytest.approx(truth, rel=1e-5)
+    assert_slopes(slopes, wanted)
+
+
+def assert_slopes(slopes, wanted):
+    for one, two in zip(slopes, wanted, strict=True):
+        torch.testing.assert_close(one.double(), two, rtol=1e-4, atol=1e-5 * float(two.abs().max()))
+
+
+@pytest.mark.parametrize("size", [1e9, 1e-4, 1e-9])
+def test_covariances_of_many_channels_fit_where_their_mean_does(size):
+    # their sum, 400 times as much, does not; of the small ones the squares do not
+    assert_right(covariance_loss, large(size, 6, 400))
+
+
+@pytest.mark.parametrize("size", [1e18, 1e12, 1e-12, 1e-18])
+def test_differences_of_any_size(size):
+    x, y = large(size, 4, 900), large(size, 4, 900, seed=1)
+    assert_right(invariance_loss, x, y)
+
+
+def test_small_weights_make_large_covariances_fit():
+    one, two = large(1e12, 6, 5), large(1e12, 6, 5, seed=1)
+    settings = {"invariance_weight": 1e-20, "covariance_weight": 1e-20}
+    assert_right(lambda *views: VICRegLoss(**settings)(views), one, two)
+    tokens = large(1e11, 6, 3, 5), large(1e11, 6, 3, 5, seed=1)
+    matches = {(0, 1): Matches.identity(torch.ones(6, 3, dtype=torch.bool))}
+    assert_right(lambda *v: VICRegLLoss(**settings)(v[:2], v[2:], matches).loss, one, two, *tokens)
+
+
+def test_a_value_beyond_float32_is_infinite_and_its_gradient_right():
+    view, other = large(1e11, 6, 5), large(1e11, 6, 5, seed=1)
+    for loss, inputs in (
+        (covariance_loss, (view,)),
+        (lambda *views: VICRegLoss()(views), (view, other)),
+    ):
+        (value, slopes), (truth, wanted) = in_both(loss, *inputs)
+        assert truth > torch.finfo(torch.float32).max
+        assert value == math.inf
+        assert_slopes(slopes, wanted)
+
+
+def test_a_term_without_weight_is_left_out_however_large():
+    views = [large(1e25, 6, 5, seed=seed) for seed in range(2)]
+    value = VICRegLoss(invariance_weight=1e-30, covariance_weight=0.0)(views)
+    value.backward()
+    assert math.isfinite(float(value.detach()))
+    assert all(bool(view.grad.isfinite().all()) for view in views)
+    nothing = VICRegLoss(0.0, 0.0, 0.0)([view.detach().requires_grad_() for view in views])
+    assert float(nothing.detach()) == 0
+    nothing.backward()
+
+
+@given(
+    st.lists(st.floats(-(2.0**127), 2.0**127, width=32), max_size=7),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_sums_of_squares_are_those_of_exact_numbers(numbers, dtype):
+    values = torch.tensor(numbers, dtype=dtype)
+    truth = math.fsum(float(x) ** 2 for x in values.tolist())
+    assert float(sum_of_squares(values)) == pytest.approx(truth, rel=1e-6)
+
+
+def test_sums_of_squares_have_exact_gradients_and_show_what_is_not_finite():
+    values = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    for axes in (1, 2):
+        assert torch.autograd.gradcheck(lambda v: sum_of_squares(v, axes), values)  # noqa: B023
+        assert torch.autograd.gradgradcheck(lambda v: sum_of_squares(v, axes), values)  # noqa: B023
+    each = torch.func.vmap(sum_of_squares)(values)
+    torch.testing.assert_close(each, values.square().sum(-1))
+    bad = torch.tensor([[1.0, math.nan], [1.0, math.inf], [0.0, 0.0]])
+    assert sum_of_squares(bad).tolist()[1:] == [math.inf, 0.0]
+    assert math.isnan(sum_of_squares(bad)[0])
 
 
 @pytest.mark.parametrize("size", [1e18, 1e-18])
