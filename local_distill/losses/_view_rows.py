@@ -132,7 +132,7 @@ def _matched_views(
             bound_targets[v] = _bind(axes, f"targets[{v}]", targets[v], f"b s{v} d")
             own[v] = (None, v)
     dtype = _common_dtype([*own_layers.values(), *bound_targets.values()])
-    mass = {pair: found.mass.detach().to(dtype) for pair, found in matches.items()}
+    mass = {pair: found.weight.sum(-1).detach().to(dtype) for pair, found in matches.items()}
     seen: dict[int, Tensor] = {}
     for (v, _), amount in mass.items():
         # != and not >: a weight of NaN is to be seen in the loss

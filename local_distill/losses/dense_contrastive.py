@@ -203,7 +203,9 @@ def _contrast(
     """
     # All matched tokens alike. Not > 0: a weight of NaN is to be seen in the loss.
     counted = {
-        pair: found._replace(weight=(found.mass != 0)[..., None].to(torch.float32))
+        pair: Matches(
+            found.teacher_index, (found.weight.sum(-1) != 0)[..., None].float(), found.cost
+        )
         for pair, found in matches.items()
     }
     scales = pair_scales(counted, "matched", processes)

@@ -208,7 +208,7 @@ def _bring_together(
         check_index(f"{label}[1].teacher_index", index, f"token_embeddings[{q}]", axes["t"])
         # In the order of the tokens; those without a match last, as there may be fewer of them in
         # another image.
-        place = torch.where(matches.matched, rows, axes["s"])
+        place = torch.where((matches.weight > 0).any(-1), rows, axes["s"])
         order = place.argsort(dim=1, stable=True)
         candidates = order[..., None].expand_as(matches.weight)
         matches = Matches(

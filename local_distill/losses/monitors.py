@@ -199,7 +199,7 @@ def _spread(
     for view, target in enumerate(teacher_targets):
         keep = None if valid is None else valid[view]
         for rows, counted in row_blocks(target.logits, keep, tables=_TABLES):
-            probs = target._replace(logits=rows).probs()
+            probs = TeacherTargets(rows, target.offset, target.temp).probs()
             good = probs.isfinite().all(-1)
             if counted is not None:
                 good = good & counted

@@ -21,6 +21,7 @@ from local_distill.structures import Matches
 __all__ = ["PatchOrderLoss", "soft_sort"]
 
 Network = Literal["bitonic", "odd_even"]
+_NETWORKS = get_args(Network)
 
 # What the tables of one block of rows may take, all layers of the network together.
 _BLOCK_BYTES = 256 * 2**20
@@ -228,10 +229,8 @@ class PatchOrderLoss(nn.Module):
 
 
 def _check_network(network: str) -> Network:
-    if network not in get_args(Network):
-        raise ConfigError(
-            f"`network` must be one of {', '.join(get_args(Network))}, got {network!r}"
-        )
+    if network not in _NETWORKS:
+        raise ConfigError(f"`network` must be one of {', '.join(_NETWORKS)}, got {network!r}")
     known: Network = network  # type: ignore[assignment]
     return known
 

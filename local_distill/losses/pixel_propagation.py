@@ -261,7 +261,7 @@ def _paired_cosines(
         for pair in own:
             scale = scales[pair].to(values.dtype)
             target = target + scale[:, None, None] * _answers(teacher[pair[1]], matches[pair])
-            mass = mass + matches[pair].mass.to(values.dtype)
+            mass = mass + matches[pair].weight.sum(-1).to(values.dtype)
         # Before it is brought to length 1, not after: 0 · NaN is NaN, in the gradient too.
         values = torch.where((mass == 0)[..., None], 0.0, values)
         part = -(unit_rows(values) * target).sum()

@@ -174,7 +174,7 @@ class AsLocal(nn.Module):
 
     def forward(self, student_logits, teacher_logits, matches, **more):
         assert all(v == q for v, q in matches)
-        masks = [matches[v, v].matched if (v, v) in matches else None
+        masks = [(matches[v, v].weight > 0).any(-1) if (v, v) in matches else None
                  for v in range(len(student_logits))]  # fmt: skip
         return self.masked(student_logits, teacher_logits, masks, **more)
 
