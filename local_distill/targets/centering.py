@@ -29,7 +29,8 @@ class Centering(nn.Module):
 
     Convention: `forward` changes nothing; `update` alone does, and the losses call it after use.
     A batch with a NaN or an infinity never enters the center: that update is skipped on every rank,
-    without a host sync, and counted in ``skipped``. The state stays float32 under ``half()``.
+    without a host sync, and counted in ``skipped``; of accumulated ones at the step they belong to,
+    those of all ranks together. The state stays float32 under ``half()``.
 
     Args:
         num_prototypes: the number c of prototypes.
@@ -56,6 +57,7 @@ class Centering(nn.Module):
     skipped: Tensor
     _sum: Tensor
     _count: Tensor
+    _left_out: Tensor
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class Centering(nn.Module):
         # What `accumulate` has summed so far; buffers, so that a checkpoint in between is whole.
         self.register_buffer("_sum", torch.zeros(num_prototypes))
         self.register_buffer("_count", torch.zeros(()))
+        self.register_buffer("_left_out", torch.zeros(()))
 
     def forward(
         self,
@@ -118,17 +121,18 @@ class Centering(nn.Module):
             good = total.isfinite().all()
             self._sum.copy_(torch.where(good, total, self._sum))
             self._count.copy_(torch.where(good, count, self._count))
-            self.skipped.add_((~good).to(torch.int64))
+            self._left_out.add_((~good).to(self._left_out.dtype))
             return
-        reduced = all_reduce_sum(torch.cat((total, count[None])), self.process_group)
-        total, count = reduced[:-1], reduced[-1]
+        parts = total, count[None], self._left_out[None].to(total.dtype)
+        reduced = all_reduce_sum(torch.cat(parts), self.process_group)
+        total, count, left_out = reduced[:-2], reduced[-2], reduced[-1]
         mean = total / count.clamp_min(1.0)
         finite = mean.isfinite().all()
         moved = self.momentum * self.center + (1 - self.momentum) * mean
         self.center.copy_(torch.where(finite & (count > 0), moved, self.center))
-        self.skipped.add_((~finite).to(torch.int64))
-        self._sum.zero_()
-        self._count.zero_()
+        self.skipped.add_((~finite).to(torch.int64) + left_out.to(torch.int64))
+        for part in (self._sum, self._count, self._left_out):
+            part.zero_()
 
     @contextmanager
     def accumulate(self, enabled: bool = True) -> Iterator[None]:

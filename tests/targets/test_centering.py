@@ -1,4 +1,5 @@
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -154,3 +155,23 @@ def test_bad_settings_and_shapes_are_refused():
         targets.update([torch.randn(2, 3)], [torch.ones(2)])
     with pytest.raises(ConfigError, match="teacher_temp"):
         targets([torch.randn(2, 3)], teacher_temp=0.0)
+
+
+def test_a_bad_micro_batch_is_counted_on_all_ranks_alike():
+    """Which of them met it is known to it alone until the step, where sums are reduced."""
+    targets = Centering(2, momentum=0.0)
+    with targets.accumulate():
+        targets.update([torch.full((3, 2), torch.nan)])
+        targets.update([torch.ones(1, 2)])
+    assert int(targets.skipped) == 0
+
+    def with_another_rank(values, group):
+        # its sum over 2 rows is (6, 8), and it left out one micro-batch as well
+        return values + torch.tensor([6.0, 8.0, 2.0, 1.0])
+
+    with mock.patch("local_distill.targets.centering.all_reduce_sum", with_another_rank):
+        targets.update([torch.full((1, 2), 2.0)])
+    torch.testing.assert_close(targets.center, torch.tensor([9.0 / 4, 11.0 / 4]))
+    assert int(targets.skipped) == 2
+    targets.update([torch.ones(1, 2)])
+    assert int(targets.skipped) == 2
