@@ -7,7 +7,8 @@ apart: bring the point into the lattice's token coordinates (column, row), round
 All pairs of views with the same two grids are worked on together, and what depends on one view
 alone is worked out once a view: `cell_maps`, `placed_tokens`, `lattice_students`,
 `lattice_teachers`. On a CPU the time goes into starting operations as much as into numbers; so
-small tensors are worked on for all views at once, and large ones in place.
+small tensors are worked on for all views at once, and large ones in place. On a GPU
+`triton_lattice` does all of it in one launch.
 
 Axes: n views, b images, p pairs of views, s student tokens, t teacher tokens.
 """

@@ -2,7 +2,8 @@
 
 Works in blocks of images, and of student tokens where one image's table is too large. Within a
 block all teacher views are made ready once, and every student view that meets them is multiplied
-with them there: what is read often stays in the caches, and no prepared copy of a view exists.
+with them there: what is read often stays in the caches, and no prepared copy of a view exists. On a
+GPU `triton_most_similar` does it under cosine, where it serves.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from local_distill._check import values_visible
 from local_distill._precision import no_autocast
 from local_distill.kernels.byte_budget import block_length
+from local_distill.kernels.triton_switch import triton_serves
 
 __all__ = [
     "Best",
@@ -95,6 +97,15 @@ def most_similar(
         metric: ``"cosine"`` or ``"l2"``.
         dtype: float32 or float64, what is computed in.
     """
+    if metric == "cosine" and dtype == torch.float32:
+        given = [*(students[v] for v, _ in pairs), *(teachers[q] for _, q in pairs)]
+        given += [one for one in (teacher_valid[q] for _, q in pairs) if one is not None]
+        if triton_serves(*given):
+            # Only now: it loads Triton.
+            from local_distill.kernels.triton_most_similar import most_similar_by_tiles, tiles_serve
+
+            if tiles_serve(students, teachers, pairs):
+                return most_similar_by_tiles(students, teachers, teacher_valid, pairs)
     with no_autocast(students[pairs[0][0]]):
         return _most_similar(students, teachers, teacher_valid, pairs, metric, dtype)
 

@@ -4,13 +4,13 @@ The plain form (`losses._pairs`) holds targets, scores and what autograd keeps o
 token of every view. Here logsumexps come first, a number a token. After them the prototypes are
 independent of each other: a block of them is worked on at a time, teacher, targets, loss and, as
 the loss is one number, the gradient too. What stays is the gradient alone, which the student's
-logits need anyway.
+logits need anyway. On a GPU `triton_cross_entropy` does the same a row at a time, where it serves.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from local_distill._precision import no_autocast, widest
 from local_distill.kernels.byte_budget import block_length
+from local_distill.kernels.triton_switch import triton_serves
 from local_distill.structures import Matches, TeacherTargets
 
 __all__ = ["AnsweredView", "blockwise_cross_entropy", "can_work_in_blocks"]
@@ -86,26 +87,84 @@ class _Blockwise(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(*logits)
         ctx.parts = [view.answers for view in views], targets, student_temp
+        ctx.on_gpu = _kernels_serve(views, targets)
         # Half precision waits for the factor that backward brings: loss scaling is there to keep
-        # small gradients, and they would be lost before it comes.
-        early = learning and any(ctx.needs_input_grad) and all(one.itemsize >= 4 for one in logits)
+        # small gradients, and they would be lost before it comes. Not so in bfloat16, which has the
+        # range of float32; a GPU, that memory holds up, then reads all of it once.
+        keeping = (torch.bfloat16,) if ctx.on_gpu else ()
+        early = learning and any(ctx.needs_input_grad)
+        early = early and all(one.itemsize >= 4 or one.dtype in keeping for one in logits)
         ctx.gradients = [torch.empty_like(one) for one in logits] if early else None
-        return _walk(views, targets, student_temp, ctx.gradients, None)
+        return _form(ctx.on_gpu)(views, targets, student_temp, ctx.gradients, None)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        logits: tuple[Tensor, ...] = ctx.saved_tensors
-        gradients: list[Tensor] | None = ctx.gradients
-        ctx.gradients = None
-        if gradients is not None:
-            gradients = [gradient.mul_(factor) for gradient in gradients]
-        else:
-            answers, targets, student_temp = ctx.parts
-            views = [AnsweredView(*part) for part in zip(logits, answers, strict=True)]
-            gradients = [torch.empty_like(one) for one in logits]
-            _walk(views, targets, student_temp, gradients, factor)
-        return None, None, None, None, *gradients
+    def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor | None, ...]:
+        factor = factors[0]
+        if torch.is_grad_enabled() and not factor.requires_grad:
+            # Otherwise a second derivative would miss this part of it without a word.
+            factor = factor.detach().requires_grad_()
+        result: tuple[Tensor | None, ...] = _gradients(ctx, factor)
+        return result
+
+
+@once_differentiable
+def _gradients(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+    logits: tuple[Tensor, ...] = ctx.saved_tensors
+    gradients: list[Tensor] | None = ctx.gradients
+    ctx.gradients = None
+    if gradients is not None:
+        for gradient in gradients:
+            _scale(gradient, factor, ctx.on_gpu)
+    else:
+        answers, targets, student_temp = ctx.parts
+        views = [AnsweredView(*part) for part in zip(logits, answers, strict=True)]
+        gradients = [torch.empty_like(one) for one in logits]
+        _form(ctx.on_gpu)(views, targets, student_temp, gradients, factor)
+    return None, None, None, None, *gradients
+
+
+# Takes views, targets, student_temp, gradients to be written, and what to multiply them with.
+_Form = Callable[
+    [
+        Sequence[AnsweredView],
+        Mapping[int, TeacherTargets],
+        float,
+        Sequence[Tensor] | None,
+        Tensor | None,
+    ],
+    Tensor,
+]
+
+
+def _kernels_serve(views: Sequence[AnsweredView], targets: Mapping[int, TeacherTargets]) -> bool:
+    """Whether the Triton kernels may run, and take these views."""
+    tensors = [view.logits for view in views]
+    for _, answers in views:
+        for q, (index, weight, _), scale in answers:
+            tensors += [_table(targets[q]), index, weight, scale]
+    tensors += [target.offset for target in targets.values() if target.offset is not None]
+    if not triton_serves(*tensors):
+        return False
+    from local_distill.kernels.triton_cross_entropy import rows_serve  # loads Triton
+
+    return rows_serve(views, targets)
+
+
+def _form(on_gpu: bool) -> _Form:
+    if not on_gpu:
+        return _walk
+    from local_distill.kernels.triton_cross_entropy import cross_entropy_by_rows
+
+    return cross_entropy_by_rows
+
+
+def _scale(gradient: Tensor, factor: Tensor, on_gpu: bool) -> None:
+    if not on_gpu:
+        gradient.mul_(factor)
+        return
+    from local_distill.kernels.triton_rows import scale_in_place
+
+    scale_in_place(gradient, factor.float())
 
 
 class _Normalizer(NamedTuple):

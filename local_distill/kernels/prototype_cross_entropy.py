@@ -21,12 +21,9 @@ from torch import Tensor
 
 from local_distill._precision import no_autocast, widest
 from local_distill.kernels.prototype_block import Product, loss_and_slope, rows_of, slices
+from local_distill.kernels.prototype_bytes import most_prototype_bytes
 
 __all__ = ["prototype_cross_entropy"]
-
-# Bytes that the scores of the images worked on may take. Smaller products are slower.
-_CPU_BYTES = 96 * 2**20
-_DEVICE_BYTES = 512 * 2**20
 
 
 def prototype_cross_entropy(
@@ -61,13 +58,13 @@ def prototype_cross_entropy(
         share: (b, s, k) weights w; 0: no answer, whatever the index.
         student_scale: α, a number; 1 / student_temp.
         teacher_scale: β, a number; 1 / teacher_temp.
-        max_bytes: what the scores of the images worked on at a time may take; by default 96 MiB on
-            a CPU and 512 MiB elsewhere. Below what one image needs, prototypes come in tiles.
+        max_bytes: what the scores of the images worked on at a time may take; by default as
+            `use_prototype_bytes` says. Below what one image needs, prototypes come in tiles.
 
     Returns:
         A scalar, differentiable in ``student`` and ``student_weight``.
     """
-    most = max_bytes or (_CPU_BYTES if student.device.type == "cpu" else _DEVICE_BYTES)
+    most = max_bytes or most_prototype_bytes(student.device)
     learning = torch.is_grad_enabled() and (student.requires_grad or student_weight.requires_grad)
     loss: Tensor = _fused(
         student,

@@ -30,6 +30,7 @@ from local_distill.kernels.lattice import (
     placed_tokens,
 )
 from local_distill.kernels.nearest_search import nearest_by_search, search_views
+from local_distill.kernels.triton_switch import triton_serves
 from local_distill.matching._results import hard_matches, no_matches
 from local_distill.matching._view_stacks import (
     StackedPairs,
@@ -44,8 +45,10 @@ __all__ = ["NearestMatcher", "nearest_matches", "nearest_view_matches"]
 
 Pair = tuple[int, int]
 Method = Literal["lattice", "search"]
-# Of every block of p pairs (p, b, s) each: index, whether it is a match, cost.
-Found = list[tuple[Tensor, Tensor, Tensor]]
+# What one launch of the kernel takes.
+_MOST_PAIRS = 65535
+# Of every block of p pairs (p, b, s, …) each.
+Found = list[Matches]
 
 
 def nearest_matches(
@@ -219,6 +222,8 @@ def _matches_of_pairs(
     limit = torch.inf if max_distance is None else max_distance
     if method == "search":
         found = _by_search(views, geometry, full, limit)
+    elif _kernel_serves(geometry, full):
+        found = _by_kernel(views, geometry, full, limit)
     elif full and values_visible(*geometry) and are_aligned(geometry.matrix):
         found = _on_aligned_lattice(views, geometry, full, limit)
     else:
@@ -227,10 +232,9 @@ def _matches_of_pairs(
     for group in views.groups:
         s, t = _num_tokens(views, group)
         if s and t:
-            blocks = [hard_matches(*block) for block in found.pop(0)]
             each = [
                 Matches(*parts)
-                for block in blocks
+                for block in found.pop(0)
                 for parts in zip(*(part.unbind(0) for part in block), strict=True)
             ]
         else:
@@ -271,8 +275,50 @@ def _on_lattice(
         lattices, grid = teachers[group.teachers], views.stacks[group.teachers].grid
         _refuse_unserved(lattices, group)
         blocks = nearest_on_lattice(students[group.students], lattices, group.slots, grid)
-        found.append([(index, cost < limit, cost.to(group.dtype)) for index, cost in blocks])
+        found.append(
+            [hard_matches(index, cost < limit, cost.to(group.dtype)) for index, cost in blocks]
+        )
     return found
+
+
+def _kernel_serves(geometry: CropGeometry, groups: Sequence[StackedPairs]) -> bool:
+    """Whether one launch does all: on a GPU, and weights and costs of one dtype."""
+    matrix = geometry.matrix
+    return (
+        len({group.dtype for group in groups}) == 1
+        and matrix.numel() > 0
+        and matrix.dtype == torch.float64
+        and sum(len(group.pairs) for group in groups) <= _MOST_PAIRS
+        and triton_serves(matrix, geometry.source_size)
+    )
+
+
+def _by_kernel(
+    views: StackedViews, geometry: CropGeometry, groups: Sequence[StackedPairs], limit: float
+) -> list[Found]:
+    """As `_on_lattice`, in one launch for all groups."""
+    # Only now: it loads Triton.
+    from local_distill.kernels.triton_lattice import LatticePair, lattice_matches
+
+    matrix, _, source_size = geometry
+    if values_visible(*geometry):
+        refuse_bad_values(views, sound_matrix(matrix))
+    pairs = []
+    for group in groups:
+        ours, theirs = views.stacks[group.students], views.stacks[group.teachers]
+        pairs += [
+            LatticePair(ours.start + v, theirs.start + q, ours.grid, theirs.grid)
+            for v, q in group.slots
+        ]
+    whole = lattice_matches(matrix, source_size, pairs, limit, groups[0].dtype)
+    b = matrix.shape[1]
+    shapes = [(len(group.pairs), b, _num_tokens(views, group)[0]) for group in groups]
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = zip(shapes, *(torch.split_with_sizes(values, sizes) for values in whole), strict=True)
+    return [
+        [Matches(index.view(*shape, 1), weight.view(*shape, 1), cost.view(shape))]
+        for shape, index, weight, cost in parts
+    ]
 
 
 def _on_aligned_lattice(
@@ -297,7 +343,7 @@ def _on_aligned_lattice(
         found.append(
             [
                 # the root of what is rounded already: half the time
-                (index, squared < bound, squared.to(group.dtype).sqrt_())
+                hard_matches(index, squared < bound, squared.to(group.dtype).sqrt_())
                 for index, squared in pairs.blocks(start, stop, *grids)
             ]
         )
@@ -340,7 +386,7 @@ def _by_search(
     sides = [search_views(stacked_part(stack, geometry), stack.grid) for stack in views.stacks]
     return [
         [
-            (index, cost < limit, cost.to(group.dtype))
+            hard_matches(index, cost < limit, cost.to(group.dtype))
             for index, cost in nearest_by_search(
                 sides[group.students], sides[group.teachers], group.slots
             )

@@ -76,6 +76,14 @@ def test_gradients_are_those_of_the_numbers():
     assert torch.autograd.gradcheck(loss, student)
 
 
+def test_a_second_derivative_is_refused():
+    student, views, targets = problem()
+    value = blockwise_cross_entropy(views, targets, 0.3)
+    slopes = torch.autograd.grad(value, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slopes[0].sum().backward()
+
+
 def test_a_second_backward_gives_the_same():
     student, views, targets = problem()
     value = blockwise_cross_entropy(views, targets, 0.3)
