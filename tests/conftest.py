@@ -7,11 +7,11 @@ import torch
 from hypothesis import HealthCheck, settings
 
 # No deadline: these machines are noisy, and a timed test proves nothing. Derandomised in CI so that
-# a red run can be repeated.
+# a red run can be repeated; fewer there too, as it looks at the same ones each time.
 settings.register_profile(
     "local_distill",
     deadline=None,
-    max_examples=40,
+    max_examples=15 if os.environ.get("CI") else 40,
     print_blob=True,
     derandomize=bool(os.environ.get("CI")),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

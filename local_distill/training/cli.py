@@ -1,4 +1,4 @@
-"""The command line: ``local-distill train | knn | show | demo``."""
+"""The command line: ``local-distill train | knn | show | demo | bench``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from local_distill import __version__
+from local_distill.benchmarking.command import main as bench
 from local_distill.errors import LocalDistillError, require_extra
 
 __all__ = ["build_parser", "main"]
@@ -32,7 +33,7 @@ def build_parser() -> tuple[Any, dict[str, Callable[..., Any]]]:
     }
     parser = jsonargparse.ArgumentParser(
         prog="local-distill",
-        description="Local self-distillation: train, evaluate and look.",
+        description="Local self-distillation: train, evaluate, look and measure.",
         version=__version__,
     )
     subcommands = parser.add_subcommands()
@@ -51,12 +52,18 @@ def build_parser() -> tuple[Any, dict[str, Callable[..., Any]]]:
             defaults["matcher"] = jsonargparse.lazy_instance(NearestMatcher)
         sub.set_defaults(defaults)
         subcommands.add_subcommand(name, sub, help=summary)
+    # For --help and typos alone: `main` hands it on before it comes here.
+    summary = "Time and memory of the parts, and of a matcher of yours, beside others'."
+    subcommands.add_subcommand("bench", jsonargparse.ArgumentParser(), help=summary)
     return parser, functions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0, 2 for what the user can mend, 130 after Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["bench"]:  # apart, as it needs no extra
+        return bench(given[1:])
     try:
         parser, functions = build_parser()
         settings = parser.parse_args(arguments)

@@ -29,6 +29,7 @@ LAYERS = (
     ("_token_grids",),  # a part of backbones in a file of its own
     ("backbones", "viz"),
     ("",),  # the package itself, that is __init__.py
+    ("benchmarking",),
     ("training",),
 )
 # `testing` may import all but `training`; nothing imports it.
