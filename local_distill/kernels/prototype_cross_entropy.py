@@ -157,9 +157,12 @@ def _keep_slopes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     # Handed out for backward alone. The loss can be differentiated once: they are its slopes here,
     # and would be constants to a second derivative.
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros as large as the prototypes
 
 
-def _scale_slopes(ctx: Any, factor: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _scale_slopes(ctx: Any, factor: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if factor is None:
+        return (None,) * 12
     parts = zip(ctx.saved_tensors, ctx.dtypes, ctx.learning, strict=True)
     slopes = [(factor * one).to(dtype) if on else None for one, dtype, on in parts]
     if torch.is_grad_enabled():  # a graph of the gradient is asked for
