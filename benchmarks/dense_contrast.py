@@ -28,14 +28,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of each start and stop
-
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from local_distill import DenseContrastiveLoss, Matches, NegativeQueue
+from local_distill.benchmarking.memory import peak_bytes
 
 TEMP = 0.2
 
@@ -47,17 +45,6 @@ def plain(student: Tensor, teacher: Tensor, matches: Matches, keys: Tensor) -> T
     positive = (x * answer).sum(-1, keepdim=True).flatten(0, 1)
     scores = torch.cat((positive, x.flatten(0, 1) @ keys.mT), 1) / TEMP
     return nn.functional.cross_entropy(scores, scores.new_zeros(len(scores), dtype=torch.int64))
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak
 
 
 def main() -> None:
@@ -107,7 +94,7 @@ def main() -> None:
     peaks = {}
     for name, run in ways.items():
         student.grad = None  # what is freed during the record would count against its peak
-        peaks[name] = peak_bytes(run)
+        peaks[name] = peak_bytes(run, torch.device("cpu"))
     print(
         f"b = {args.batch}, {args.tokens} tokens, d = {args.dim}, {args.keys} keys, "
         f"{args.threads} threads, {torch.__version__}"

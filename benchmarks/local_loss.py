@@ -28,14 +28,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of each start and stop
-
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from local_distill import Centering, LocalDistillationLoss, Matches
+from local_distill.benchmarking.memory import peak_bytes
 from local_distill.matching import cross_view_pairs
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
@@ -67,17 +65,6 @@ def plain(
         weight = found.weight[..., 0]
         total = total + (cross * weight).sum() / weight.sum()
     return total / len(matches)
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak
 
 
 def main() -> None:
@@ -132,7 +119,7 @@ def main() -> None:
     for name, run in ways.items():
         for logits in student:  # what is freed during the record would count against its peak
             logits.grad = None
-        peaks[name] = peak_bytes(run)
+        peaks[name] = peak_bytes(run, torch.device("cpu"))
     print(f"b = {args.batch}, c = {args.prototypes}, {args.threads} threads, {torch.__version__}")
     print(f"{'way':<8}{'s':>8}{'of plain':>10}{'10–90 %':>14}{'peak MiB':>10}{'of plain':>10}")
     for name in ways:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-__all__ = ["block_length", "byte_budget"]
+__all__ = ["block_length", "byte_budget", "slices"]
 
 # On a CPU a block that stays in the caches is also the fastest; a GPU wants few large launches.
 _CPU_BYTES = 4 * 2**20
@@ -28,3 +30,15 @@ def block_length(bytes_per_item: int, device: torch.device) -> int:
         4
     """
     return max(1, byte_budget(device) // max(1, bytes_per_item))
+
+
+def slices(length: int, most: int) -> Iterator[slice]:
+    """Of a length, of at most so many each and at least one.
+
+    Example:
+        >>> list(slices(5, 2))
+        [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    step = max(1, most)
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from local_distill._precision import no_autocast
-from local_distill.kernels.byte_budget import block_length
+from local_distill.kernels.byte_budget import block_length, slices
+from local_distill.kernels.differentiable_once import differentiable_once
 
 __all__ = ["log_normalizer", "plain_log_normalizer", "runs_plainly"]
 
@@ -124,7 +124,7 @@ class _InBlocks(torch.autograd.Function):
             image = None if row_image is None else row_image[here]
             peak = rows.new_full((rows[here].shape[0], 1), _never(rows))
             total, pull = torch.zeros_like(peak), torch.zeros_like(rows[here])
-            for there in _slices(keys.shape[0], width):
+            for there in slices(keys.shape[0], width):
                 other = None if key_image is None else key_image[there]
                 scores = _scores(rows[here], keys[there], temp, bias[there], image, other)
                 # NaN is handed on: the loss is to show it.
@@ -146,21 +146,12 @@ class _InBlocks(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor | None, ...]:
-        factor = factors[0]
-        if torch.is_grad_enabled() and not factor.requires_grad:
-            # Otherwise a second derivative would miss this part of it without a word.
-            factor = factor.detach().requires_grad_()
-        result: tuple[Tensor | None, ...] = _gradients(ctx, factor)
-        return result
-
-
-@once_differentiable
-def _gradients(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-    slope, *more = ctx.saved_tensors
-    for_rows = None if slope is None else slope * factor[:, None]
-    for_keys = _gradient_of_keys(factor, *more, *ctx.parts) if more else None
-    return for_rows, for_keys, None, None, None, None, None
+    @differentiable_once
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        slope, *more = ctx.saved_tensors
+        for_rows = None if slope is None else slope * factor[:, None]
+        for_keys = _gradient_of_keys(factor, *more, *ctx.parts) if more else None
+        return for_rows, for_keys, None, None, None, None, None
 
 
 def _gradient_of_keys(
@@ -177,7 +168,7 @@ def _gradient_of_keys(
     for here, width in _row_blocks(rows, keys):
         image = None if row_image is None else row_image[here]
         scaled = rows[here] * (factor[here, None] / temp)
-        for there in _slices(keys.shape[0], width):
+        for there in slices(keys.shape[0], width):
             other = None if key_image is None else key_image[there]
             scores = _scores(rows[here], keys[there], temp, bias[there], image, other)
             share = scores.sub_(value[here, None]).exp_()
@@ -217,10 +208,5 @@ def _row_blocks(rows: Tensor, keys: Tensor) -> Iterator[tuple[slice, int]]:
     entry = _TABLES * rows.element_size()
     height = min(n, block_length(entry * max(1, min(r, _LEAST_KEYS)), rows.device))
     width = block_length(entry * max(1, height), rows.device)
-    for here in _slices(n, height):
+    for here in slices(n, height):
         yield here, width
-
-
-def _slices(length: int, most: int) -> Iterator[slice]:
-    for first in range(0, length, max(1, most)):
-        yield slice(first, min(first + most, length))

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from local_distill._precision import no_autocast, widest
-from local_distill.kernels.byte_budget import block_length
+from local_distill.kernels.byte_budget import block_length, slices
+from local_distill.kernels.differentiable_once import differentiable_once
+from local_distill.kernels.exponential import exp_
 from local_distill.kernels.triton_switch import triton_serves
 from local_distill.structures import Matches, TeacherTargets
 
@@ -98,29 +99,20 @@ class _Blockwise(torch.autograd.Function):
         return _form(ctx.on_gpu)(views, targets, student_temp, ctx.gradients, None)
 
     @staticmethod
-    def backward(ctx: Any, *factors: Tensor) -> tuple[Tensor | None, ...]:
-        factor = factors[0]
-        if torch.is_grad_enabled() and not factor.requires_grad:
-            # Otherwise a second derivative would miss this part of it without a word.
-            factor = factor.detach().requires_grad_()
-        result: tuple[Tensor | None, ...] = _gradients(ctx, factor)
-        return result
-
-
-@once_differentiable
-def _gradients(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-    logits: tuple[Tensor, ...] = ctx.saved_tensors
-    gradients: list[Tensor] | None = ctx.gradients
-    ctx.gradients = None
-    if gradients is not None:
-        for gradient in gradients:
-            _scale(gradient, factor, ctx.on_gpu)
-    else:
-        answers, targets, student_temp = ctx.parts
-        views = [AnsweredView(*part) for part in zip(logits, answers, strict=True)]
-        gradients = [torch.empty_like(one) for one in logits]
-        _form(ctx.on_gpu)(views, targets, student_temp, gradients, factor)
-    return None, None, None, None, *gradients
+    @differentiable_once
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        logits: tuple[Tensor, ...] = ctx.saved_tensors
+        gradients: list[Tensor] | None = ctx.gradients
+        ctx.gradients = None
+        if gradients is not None:
+            for gradient in gradients:
+                _scale(gradient, factor, ctx.on_gpu)
+        else:
+            answers, targets, student_temp = ctx.parts
+            views = [AnsweredView(*part) for part in zip(logits, answers, strict=True)]
+            gradients = [torch.empty_like(one) for one in logits]
+            _form(ctx.on_gpu)(views, targets, student_temp, gradients, factor)
+        return None, None, None, None, *gradients
 
 
 # Takes views, targets, student_temp, gradients to be written, and what to multiply them with.
@@ -206,7 +198,7 @@ class _Teacher(NamedTuple):
         scores = torch.div(logits, temp, out=table[:-1])
         if offset is not None:
             scores += offset[columns].to(dtype)
-        _exp(scores.sub_(self.normalizer.peak).sub_(self.normalizer.log_sum))
+        exp_(scores.sub_(self.normalizer.peak).sub_(self.normalizer.log_sum))
         return table
 
 
@@ -257,7 +249,7 @@ def _of_block(
     target = _target(student, probs)
     gain = torch.dot(target.flatten(), scores.flatten())
     if student.gradient is not None:
-        slope = _exp(scores).mul_(student.mass / student_temp).sub_(target, alpha=1 / student_temp)
+        slope = exp_(scores).mul_(student.mass / student_temp).sub_(target, alpha=1 / student_temp)
         if factor is not None:
             slope.mul_(factor)
         place = student.gradient[..., columns]
@@ -297,7 +289,7 @@ def _student(
     log_sum = peak.new_empty(n, 1)
     for rows in _blocks(n, _TABLES * c * peak.element_size(), logits.device):
         scores = torch.sub(logits[rows], peak[rows]).div_(student_temp)
-        log_sum[rows] = _exp(scores).sum(-1, keepdim=True).log_()
+        log_sum[rows] = exp_(scores).sum(-1, keepdim=True).log_()
     mass = torch.zeros_like(peak)
     answers = []
     for q, matches, scale in view.answers:
@@ -330,7 +322,7 @@ def _teacher(targets: TeacherTargets, images: slice, dtype: torch.dtype) -> _Tea
         if targets.offset is not None:
             scores += targets.offset.to(dtype)
         peak[rows] = scores.amax(-1, keepdim=True)
-        log_sum[rows] = _exp(scores.sub_(peak[rows])).sum(-1, keepdim=True).log_()
+        log_sum[rows] = exp_(scores.sub_(peak[rows])).sum(-1, keepdim=True).log_()
     return _Teacher(targets._replace(logits=logits), _Normalizer(peak, log_sum))
 
 
@@ -339,16 +331,5 @@ def _table(targets: TeacherTargets) -> Tensor:
     return targets.logits
 
 
-def _exp(scores: Tensor) -> Tensor:
-    """Exp in place of scores that are at most about 0, none smaller than e⁻⁶⁰.
-
-    What underflows takes a CPU fifty times as long, here and in every product that follows; and
-    most of a sharp teacher's prototypes do. e⁻⁶⁰ is 10⁻²⁶: nothing beside the rounding of float32.
-    """
-    return scores.clamp_min_(-60.0 if scores.dtype == torch.float32 else -500.0).exp_()
-
-
 def _blocks(length: int, bytes_each: int, device: torch.device) -> Iterator[slice]:
-    most = block_length(bytes_each, device)
-    for start in range(0, length, most):
-        yield slice(start, min(start + most, length))
+    return slices(length, block_length(bytes_each, device))

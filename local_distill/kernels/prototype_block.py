@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from local_distill._precision import widest
-from local_distill.kernels.byte_budget import block_length
+from local_distill.kernels.byte_budget import block_length, slices
+from local_distill.kernels.exponential import exp_
 
-__all__ = ["Product", "Rows", "loss_and_slope", "rows_of", "slices"]
+__all__ = ["Product", "Rows", "loss_and_slope", "rows_of"]
 
 # Above so many candidates a token, answers are a product of matrices.
 _FEW_CANDIDATES = 8
@@ -188,10 +189,10 @@ def _slope_(
     """
     if norm is not None:
         gain = torch.dot(answer.flatten(), norm.taken_from_(scores, rows).flatten())
-        _exp(scores).mul_(mass).sub_(answer)
+        exp_(scores).mul_(mass).sub_(answer)
         return -gain
     gain = torch.dot(answer.flatten(), scores.sub_(scores.amax(-1, keepdim=True)).flatten())
-    total = _exp(scores).sum(-1, keepdim=True)
+    total = exp_(scores).sum(-1, keepdim=True)
     scores.mul_(mass / total).sub_(answer)
     return (mass * total.log()).sum() - gain
 
@@ -205,9 +206,9 @@ def _distributions(
     for block in _row_blocks(probs[:m]) if m else ():
         rows = probs[:m][block]
         if norm is not None:
-            _exp(norm.taken_from_(rows, block))
+            exp_(norm.taken_from_(rows, block))
         else:
-            _exp(rows.sub_(rows.amax(-1, keepdim=True)))
+            exp_(rows.sub_(rows.amax(-1, keepdim=True)))
             rows.div_(rows.sum(-1, keepdim=True))
     probs[m:] = 0.0
     return probs
@@ -222,27 +223,12 @@ def _norm(product: Product, features: Tensor, tiles: list[slice]) -> _Norm:
         for block in _row_blocks(scores):
             rows = scores[block]
             higher = torch.maximum(peak[block], rows.amax(-1, keepdim=True))
-            part = _exp(rows.sub_(higher)).sum(-1, keepdim=True)
+            part = exp_(rows.sub_(higher)).sum(-1, keepdim=True)
             total[block] = total[block] * (peak[block] - higher).exp() + part
             peak[block] = higher
     return _Norm(peak, total.log())
 
 
-def _exp(scores: Tensor) -> Tensor:
-    """Exp in place of scores that are at most about 0, none smaller than e⁻⁶⁰.
-
-    What underflows takes a CPU fifty times as long, here and in every product that follows; and
-    most of a sharp teacher's prototypes do. e⁻⁶⁰ is 10⁻²⁶: nothing beside the rounding of float32.
-    """
-    return scores.clamp_min_(-60.0 if scores.dtype == torch.float32 else -500.0).exp_()
-
-
 def _row_blocks(table: Tensor) -> Iterator[slice]:
     """Rows so few at a time that what is done to them stays in the caches."""
     return slices(table.shape[0], block_length(table[0].nbytes * _TABLES, table.device))
-
-
-def slices(length: int, most: int) -> Iterator[slice]:
-    """Of a length, of at most so many each and at least one."""
-    for start in range(0, length, max(1, most)):
-        yield slice(start, min(start + max(1, most), length))

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from local_distill._precision import no_autocast, widest
-from local_distill.kernels.prototype_block import Product, loss_and_slope, rows_of, slices
+from local_distill.kernels.byte_budget import slices
+from local_distill.kernels.prototype_block import Product, loss_and_slope, rows_of
 from local_distill.kernels.prototype_bytes import most_prototype_bytes
 
 __all__ = ["prototype_cross_entropy"]
@@ -136,17 +137,10 @@ def _(
     student_weight: Tensor,
     teacher: Tensor,
     teacher_weight: Tensor,
-    offset: Tensor | None,
-    index: Tensor,
-    share: Tensor,
-    student_scale: Tensor,
-    teacher_scale: Tensor,
-    max_bytes: int,
-    learning: bool,
-    weight_learning: bool,
+    *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _accumulator(student, student_weight, teacher, teacher_weight)
-    slopes = _empty_slopes(student, student_weight, dtype, learning, weight_learning)
+    slopes = _empty_slopes(student, student_weight, dtype, *others[-2:])
     return student.new_empty((), dtype=dtype), *slopes
 
 

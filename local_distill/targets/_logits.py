@@ -11,7 +11,7 @@ from local_distill._check import Axes, check_floating, check_sequence
 from local_distill._logits import Logits, stand_in
 from local_distill._precision import at_least_float32
 from local_distill.errors import ShapeError
-from local_distill.kernels import block_length
+from local_distill.kernels.byte_budget import block_length, slices
 from local_distill.structures import PrototypeLogits
 
 # Bytes of the scores that are multiplied out at a time: smaller products are slower.
@@ -88,6 +88,4 @@ def row_blocks(
 def _blocks(length: int, most: int) -> Iterator[slice]:
     # A graph with a node for every block would be one of this number of rows alone, and the
     # compiler fuses what the blocks are there to keep small.
-    step = max(1, length if torch.compiler.is_compiling() else most)
-    for start in range(0, length, step):
-        yield slice(start, start + step)
+    return slices(length, length if torch.compiler.is_compiling() else most)
