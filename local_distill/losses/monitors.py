@@ -17,7 +17,7 @@ from local_distill.matching._unit_features import unit_features
 from local_distill.structures import TeacherTargets
 from local_distill.targets._logits import check_valid, check_views, row_blocks
 
-__all__ = ["DistillationMonitors", "distillation_monitors"]
+__all__ = ["DistillationMonitors", "distillation_monitors", "feature_std"]
 
 # Tables of a block's size that are alive at once: scores, probabilities, their entropies' terms.
 _TABLES = 4
@@ -135,7 +135,7 @@ def distillation_monitors(
         information=(marginal - entropy).clamp_min(0.0).to(dtype),
         prototype_usage=used.to(dtype).mean(),
         effective_usage=torch.where(some, marginal.exp() / c, 0.0).to(dtype),
-        feature_std=None if features is None else _feature_std(features, valid),
+        feature_std=None if features is None else feature_std(features, valid),
     )
 
 
@@ -213,7 +213,21 @@ def _spread(
     return entropy / count, total / count, used[:c]
 
 
-def _feature_std(features: Sequence[Tensor], valid: Sequence[Tensor | None] | None) -> Tensor:
+@torch.no_grad()
+def feature_std(features: Sequence[Tensor], valid: Sequence[Tensor | None] | None = None) -> Tensor:
+    """How far features spread over the sphere, 0-d: see `DistillationMonitors`.
+
+    Args:
+        features: per view (b, d) or (b, n, d).
+        valid: per view (b,) or (b, n) bool, or None: which of them count.
+
+    Raises:
+        ShapeError: no view, axes that differ, ``valid`` that does not fit.
+
+    Example:
+        >>> feature_std([torch.eye(2)]), feature_std([torch.ones(3, 2)])
+        (tensor(0.7071), tensor(0.))
+    """
     check_sequence("features", features, "a tensor of features")
     if not features:
         raise ShapeError("`features` is empty: give those of at least one view, or None")

@@ -10,6 +10,7 @@ from local_distill.viz.figures import denormalize, new_figure, view_colors
 from local_distill.viz.footprints import draw_footprints, token_colors
 from local_distill.viz.match_figure import match_figure
 from local_distill.viz.matches import draw_matches
+from local_distill.viz.principal_colors import principal_colors, principal_figure
 from local_distill.viz.views import draw_tokens, draw_views
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "draw_views",
     "match_figure",
     "new_figure",
+    "principal_colors",
+    "principal_figure",
     "token_colors",
     "view_colors",
 ]
