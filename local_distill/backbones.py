@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from local_distill._check import Axes, check_at_least, check_floating
 from local_distill._token_grids import (
@@ -165,6 +166,12 @@ class TimmBackbone(nn.Module):
         height, width = images.shape[-2:]
         self._check_size("images", height, width)
         images = self._without_remainder(images)
+        # A share without images (the last step of an epoch on several processes): timm's ViTs take
+        # no empty batch. An image stands in; but no BatchNorm may see it, and convolutional models
+        # take an empty batch.
+        stand_in = len(images) == 0 and not _has_batch_norm(self.model)
+        if stand_in:
+            images = images.new_zeros(1, *images.shape[1:])
         model: Any = self.model
         if not self.layer_dims:
             features, intermediates = model.forward_features(images), []
@@ -180,12 +187,13 @@ class TimmBackbone(nn.Module):
         global_token = self._global_token(features, patch_tokens)
         lower = intermediates[:-1]
         whole, patches = (wanted and bool(self.layer_dims) for wanted in self._wanted)
-        return BackboneOutput(
+        output = BackboneOutput(
             global_token,
             patch_tokens,
             (*map(self._layer_token, lower), global_token) if whole else (),
             (*map(self._layer_patches, lower), patch_tokens) if patches else (),
         )
+        return _no_images(output) if stand_in else output
 
     def token_grid(self, view_size: tuple[int, int]) -> TokenGrid:
         """Where the patch tokens lie in a view.
@@ -499,6 +507,20 @@ def _least_size(model: Any, steps: Any) -> tuple[int, int]:
     ):
         least += 1
     return least, least
+
+
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def _no_images(output: BackboneOutput) -> BackboneOutput:
+    """None of the images, but still in the graph: every parameter gets a gradient, of 0."""
+    return BackboneOutput(
+        output.global_token[:0],
+        output.patch_tokens[:0],
+        tuple(layer[:0] for layer in output.layers),
+        tuple(layer[:0] for layer in output.patch_layers),
+    )
 
 
 def _layer_dims(model: Any) -> tuple[int, ...]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from local_distill._check import check_fraction
+from local_distill.distributed import all_reduce_sum
 from local_distill.errors import ShapeError
 
 __all__ = ["EmaTeacher"]
@@ -22,7 +24,8 @@ class EmaTeacher(nn.Module):
     Convention: the teacher's parameters never require a gradient, and calling it runs under
     ``no_grad``. Buffers (BatchNorm statistics) are copied from the student at each update. An
     update is taken whole or not at all: where any of the student's parameters or buffers is not
-    finite, nothing moves, without a host sync, and ``skipped`` counts it.
+    finite, nothing moves, without a host sync, and ``skipped`` counts it. Sharded parameters
+    (FSDP2) are moved share by share; copy the student before it is sharded, and shard both alike.
 
     Args:
         student: the module to copy; not changed, and not held.
@@ -79,10 +82,15 @@ class EmaTeacher(nn.Module):
                 f"differ, the first is `{differing[0]}`: pass the module that was copied, without "
                 "wrappers"
             )
+        sharded = any(_shard(value) is not value for value in own.values())
+        own = {name: _shard(value) for name, value in own.items()}
+        other = {name: _shard(value) for name, value in other.items()}
         floating = [name for name, value in own.items() if value.is_floating_point()]
         finite = torch.ones((), dtype=torch.bool, device=self.skipped.device)
         for name in floating:
             finite = finite & other[name].isfinite().all().to(finite.device)
+        if sharded:  # each process sees its share alone, and all have to do the same
+            finite = all_reduce_sum((~finite).to(torch.float32)) == 0
         parameters = dict(self.module.named_parameters(remove_duplicate=False))
         for name, value in own.items():
             good = finite.to(value.device)
@@ -92,6 +100,13 @@ class EmaTeacher(nn.Module):
             else:
                 value.copy_(new)
         self.skipped.add_((~finite).to(torch.int64))
+
+
+def _shard(value: Tensor) -> Tensor:
+    """This process's share of a sharded tensor, which is another name for its memory."""
+    # Asked by name: to import DTensor takes as long as all of this package.
+    to_local: Callable[[], Tensor] | None = getattr(value, "to_local", None)
+    return value if to_local is None else to_local()
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
