@@ -1,70 +1,69 @@
-"""Checkpoints: written aside and renamed, so that a crash leaves the old one or the new one."""
+"""Checkpoints: what a run can go on from. See `CheckpointStore`."""
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from local_distill.errors import ConfigError, DataError
+from local_distill.training.checkpoint_files import CheckpointWriteError, FileDigest
+from local_distill.training.checkpoint_manifest import read_manifest
+from local_distill.training.checkpoint_store import (
+    CheckpointStore,
+    SavedCheckpoint,
+    read_checkpoint,
+)
 
-__all__ = ["check_same_config", "load_checkpoint", "save_checkpoint"]
-
-_FORMAT = "local-distill-1"
-
-
-def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> Path:
-    """Write tensors and plain values; the file appears whole or not at all.
-
-    Args:
-        path: the file; its folder is made where it is missing.
-        state: state dicts, numbers, strings, lists and dicts.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = save_checkpoint(f"{folder}/last.ckpt", {"step": 3})
-        ...     load_checkpoint(path)["step"]
-        3
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as stream:
-            torch.save({"format": _FORMAT, **state}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-    return path
+__all__ = [
+    "CheckpointStore",
+    "CheckpointWriteError",
+    "SavedCheckpoint",
+    "check_same_config",
+    "load_checkpoint",
+]
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint onto the CPU; code in the file is never run.
 
+    Args:
+        path: a file; or the folder of a run, or its folder of checkpoints, of which the newest good
+            one is taken.
+
+    Returns:
+        The state that was saved.
+
     Raises:
-        DataError: no such file, not a checkpoint of this package, or a damaged one.
+        DataError: nothing there, not a checkpoint of this package, or a damaged one.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     path = CheckpointStore(f"{run}/checkpoints").save(7, {"lr": 0.1})
+        ...     load_checkpoint(path), load_checkpoint(run)
+        ({'lr': 0.1}, {'lr': 0.1})
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"`checkpoint` {str(path)!r} is not a file")
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise DataError(f"`checkpoint` {str(path)!r} cannot be read: {reason}") from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+    if not path.is_dir():
+        return read_checkpoint(path, digest=_listed_digest(path))
+    inner = path / "checkpoints"
+    saved = CheckpointStore(inner if inner.is_dir() else path).load()
+    if saved is None:
         raise DataError(
-            f"`checkpoint` {str(path)!r} was not written by this version of local-distill "
-            f"(format {_FORMAT})"
+            f"`checkpoint` {str(path)!r} is a folder without checkpoints; wanted a run's folder, "
+            "its folder of checkpoints, or a file"
         )
-    return state
+    return saved.state
+
+
+def _listed_digest(path: Path) -> FileDigest | None:
+    try:
+        entries = read_manifest(path.parent) or []
+    except DataError:  # then the sha256 that the file ends in decides
+        return None
+    return next((entry.digest for entry in entries if entry.name == path.name), None)
 
 
 def check_same_config(saved: dict[str, Any], now: dict[str, Any], free: frozenset[str]) -> None:

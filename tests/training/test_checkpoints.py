@@ -1,72 +1,80 @@
 import pickle
+import shutil
 
 import pytest
 import torch
 
 from local_distill import ConfigError, DataError
 from local_distill.training.checkpoints import (
+    CheckpointStore,
     check_same_config,
     load_checkpoint,
-    save_checkpoint,
 )
 
 
-def test_there_and_back(tmp_path):
-    path = tmp_path / "deep" / "last.ckpt"
-    save_checkpoint(path, {"step": 1, "weights": {"a": torch.arange(3)}})
-    save_checkpoint(path, {"step": 2, "weights": {"a": torch.arange(4)}})
-    state = load_checkpoint(path)
-    assert state["step"] == 2
-    assert torch.equal(state["weights"]["a"], torch.arange(4))
-    assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"]
+def test_the_newest_of_a_run_by_file_folder_or_run(tmp_path):
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    older, newer = store.save(4, {"step": 4}), store.save(8, {"step": 8})
+    assert load_checkpoint(tmp_path / "run") == {"step": 8}
+    assert load_checkpoint(str(store.folder)) == {"step": 8}
+    assert load_checkpoint(older) == {"step": 4}
+    moved = shutil.move(newer, tmp_path / "best.ckpt")  # away from its manifest
+    assert load_checkpoint(moved) == {"step": 8}
 
 
-def test_a_crash_while_writing_leaves_the_old_one(tmp_path, monkeypatch):
-    path = save_checkpoint(tmp_path / "last.ckpt", {"step": 1})
-
-    def full_disk(state, stream):
-        stream.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        save_checkpoint(path, {"step": 2})
-    assert load_checkpoint(path)["step"] == 1
-    assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
+def test_nothing_there(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.ckpt"):
+        load_checkpoint("nowhere.ckpt")
+    with pytest.raises(DataError, match="a folder without checkpoints"):
+        load_checkpoint(tmp_path)
 
 
 class Code:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
     def __reduce__(self):
-        return (print, ("this must never run",))
+        return (open, (str(self.path), "w"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "text", "empty", "code", "other", "pickle"])
-def test_damaged_files_are_refused_and_code_never_runs(tmp_path, damage, capsys):
-    path = save_checkpoint(tmp_path / "last.ckpt", {"step": 1, "a": torch.zeros(1000)})
-    whole = bytearray(path.read_bytes())
-    if damage == "cut":
-        path.write_bytes(whole[: len(whole) // 2])
-    elif damage == "flipped":
-        whole[60:90] = bytes(byte ^ 0xFF for byte in whole[60:90])
-        path.write_bytes(whole)
-    elif damage == "text":
-        path.write_text("hello")
-    elif damage == "empty":
-        path.write_bytes(b"")
-    elif damage == "code":
-        torch.save({"step": Code()}, path)
-    elif damage == "pickle":
-        path.write_bytes(pickle.dumps(Code(), protocol=2))
+@pytest.mark.parametrize("form", ["torch's zip", "torch's old form", "a bare pickle", "listed"])
+def test_code_in_a_file_never_runs(tmp_path, form):
+    proof, path = tmp_path / "the code ran", tmp_path / "step-00000001.ckpt"
+    state = {"format": "local-distill-2", "step": 1, "state": Code(proof)}
+    if form == "listed":  # as an attacker would who can write the manifest as well
+        store = CheckpointStore(tmp_path)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("local_distill.training.checkpoint_store.check_storable", lambda _: 0)
+            store.save(1, {"code": Code(proof)})
+        with pytest.raises(DataError, match=r"step-00000001\.ckpt.*[Ww]eights"):
+            store.load()
+    elif form == "a bare pickle":
+        path.write_bytes(pickle.dumps(state, protocol=2))
     else:
-        torch.save({"step": 1}, path)
-    with pytest.raises(DataError, match=r"last\.ckpt"):
+        torch.save(state, path, _use_new_zipfile_serialization=form == "torch's zip")
+    with pytest.raises(DataError, match=r"step-00000001\.ckpt"):
         load_checkpoint(path)
-    assert "never run" not in capsys.readouterr().out
+    assert not proof.exists()
+    pickle.loads(pickle.dumps(Code(proof))).close()  # it would have, otherwise
+    assert proof.exists()
 
 
-def test_a_missing_file():
-    with pytest.raises(DataError, match=r"nowhere\.ckpt"):
-        load_checkpoint("nowhere.ckpt")
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04", bytes(300)])
+def test_a_file_of_something_else(tmp_path, content):
+    path = tmp_path / "other.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"other\.ckpt.*format local-distill-2"):
+        load_checkpoint(path)
+
+
+def test_a_file_of_another_version(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("local_distill.training.checkpoint_store._FORMAT", "local-distill-99")
+        path = CheckpointStore(tmp_path).save(1, {"step": 1})
+    with pytest.raises(DataError, match="not written by this version"):
+        load_checkpoint(path)
 
 
 def test_other_settings_are_named():
