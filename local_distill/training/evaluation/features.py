@@ -1,89 +1,21 @@
-"""How good the features are: weighted k-NN on frozen features."""
+"""Frozen features of images, and of scenes' tokens, for a k-NN vote."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from local_distill._check import check_at_least, check_positive
 from local_distill.backbones import TimmBackbone
-from local_distill.errors import ConfigError, ShapeError
-from local_distill.geometry import grid_points
+from local_distill.errors import ConfigError
+from local_distill.training.evaluation.token_maps import token_labels
 from local_distill.training.scenes import SyntheticScenes
 
-__all__ = ["extract_features", "knn_accuracy", "scene_tokens"]
-
-
-def knn_accuracy(
-    train_features: Tensor,
-    train_labels: Sequence[int] | Tensor,
-    test_features: Tensor,
-    test_labels: Sequence[int] | Tensor,
-    *,
-    k: int = 20,
-    temp: float = 0.07,
-) -> float:
-    """Top-1 accuracy of a weighted k-nearest-neighbour vote: no training, so it shows the features.
-
-    Each of the k nearest by cosine votes for its label with exp(cos / temp).
-
-    Args:
-        train_features: (n, d), those that vote.
-        train_labels: (n,).
-        test_features: (m, d).
-        test_labels: (m,).
-        k: neighbours; at most n.
-        temp: temperature of the weights, above 0.
-
-    Returns:
-        Share of the test samples that are right, in [0, 1].
-
-    Raises:
-        ShapeError: features that are not (n, d), of other dimensions, or labels of other lengths.
-        ConfigError: k below 1, a temperature not above 0.
-
-    Example:
-        >>> features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
-        >>> knn_accuracy(features, [0, 0, 1], torch.tensor([[2.0, 0.1], [0.1, 3.0]]), [0, 1], k=1)
-        1.0
-
-    Source: "Unsupervised feature learning via non-parametric instance discrimination" (CVPR 2018);
-    DINO (ICCV 2021).
-    """
-    from sklearn.neighbors import KNeighborsClassifier
-
-    for name, features, labels in (
-        ("train_features", train_features, train_labels),
-        ("test_features", test_features, test_labels),
-    ):
-        if features.dim() != 2 or features.shape[0] != len(labels) or features.shape[0] == 0:
-            raise ShapeError(
-                f"`{name}` must be (n, d) with n ≥ 1 labels, got {tuple(features.shape)} and "
-                f"{len(labels)} labels"
-            )
-    if train_features.shape[1] != test_features.shape[1]:
-        raise ShapeError(
-            f"axis `d` is {train_features.shape[1]} in `train_features` but "
-            f"{test_features.shape[1]} in `test_features`"
-        )
-    check_positive("temp", temp)
-    neighbours = min(check_at_least("k", k, 1), len(train_features))
-
-    def weights(distances: NDArray[np.float64]) -> NDArray[np.float64]:
-        closest = distances.min(axis=1, keepdims=True)  # a common factor: no vote underflows
-        result: NDArray[np.float64] = np.exp((closest - distances) / temp)
-        return result
-
-    vote = KNeighborsClassifier(neighbours, weights=weights, metric="cosine", algorithm="brute")
-    vote.fit(train_features.float().numpy(), np.asarray(train_labels))
-    return float(vote.score(test_features.float().numpy(), np.asarray(test_labels)))
+__all__ = ["extract_features", "scene_tokens"]
 
 
 @torch.inference_mode()
@@ -170,11 +102,7 @@ def scene_tokens(
         masks = torch.stack([scene.class_mask for scene in drawn])
         features.append(backbone(batch).patch_tokens.flatten(0, 1))
         view_size = (int(batch.shape[-2]), int(batch.shape[-1]))
-        points = grid_points(backbone.token_grid(view_size), batch.device, torch.float64)
-        # a view pixel's place in the mask, which may be of another size
-        scale = torch.tensor([masks.shape[2] / view_size[1], masks.shape[1] / view_size[0]])
-        x, y = (points * scale).long().unbind(-1)
-        labels.append(masks[:, y, x].flatten())
+        labels.append(token_labels(masks, backbone.token_grid(view_size), view_size).flatten())
     backbone.train(was_training)
     chosen = torch.randperm(sum(map(len, labels)), generator=torch.Generator().manual_seed(seed))[
         :most
