@@ -1,16 +1,18 @@
-"""The command line: ``local-distill train | knn | show | demo | bench``."""
+"""The command line: ``local-distill train | eval | report | export | show | demo | bench``."""
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from local_distill import __version__
 from local_distill.benchmarking.command import main as bench
-from local_distill.errors import LocalDistillError, require_extra
+from local_distill.errors import ConfigError, LocalDistillError, require_extra
 
 __all__ = ["build_parser", "main"]
 
@@ -20,14 +22,18 @@ def build_parser() -> tuple[Any, dict[str, Callable[..., Any]]]:
     jsonargparse = require_extra("jsonargparse", "train")
     for module in ("timm", "torchvision", "lightning_fabric", "matplotlib", "sklearn", "tqdm"):
         require_extra(module, "train")
-    from local_distill.matching import NearestMatcher
     from local_distill.training import commands
     from local_distill.training.demo import demo
+    from local_distill.training.evaluation.evaluate import evaluate
+    from local_distill.training.export import export_backbone
+    from local_distill.training.report.report import report
     from local_distill.training.views import DemoCrop
 
     functions: dict[str, Callable[..., Any]] = {
         "train": commands.train,
-        "knn": commands.knn,
+        "eval": evaluate,
+        "export": export_backbone,
+        "report": report,
         "show": commands.show,
         "demo": demo,
     }
@@ -41,15 +47,15 @@ def build_parser() -> tuple[Any, dict[str, Callable[..., Any]]]:
         summary = (function.__doc__ or "").partition("\n")[0]
         sub = jsonargparse.ArgumentParser(description=summary)
         sub.add_argument("--config", action="config", help="a YAML file with these settings")
-        positional = ["image"] if name == "show" else []
         sub.add_function_arguments(
-            function, as_positional=bool(positional), skip={"config"}, sub_configs=False
+            function,
+            as_positional=name in ("export", "report", "show"),
+            skip={"config"},
+            sub_configs=False,
         )
         defaults: dict[str, Any] = {}
         if name in ("train", "show"):
             defaults["views"] = jsonargparse.lazy_instance(DemoCrop)
-        if name == "train":
-            defaults["matcher"] = jsonargparse.lazy_instance(NearestMatcher)
         sub.set_defaults(defaults)
         subcommands.add_subcommand(name, sub, help=summary)
     # For --help and typos alone: `main` hands it on before it comes here.
@@ -66,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return bench(given[1:])
     try:
         parser, functions = build_parser()
+        _check_method_name(given)
         settings = parser.parse_args(arguments)
         name = settings.subcommand
         record = json.loads(parser.dump(settings, format="json"))[name]
@@ -84,13 +91,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 130 if getattr(result, "interrupted", False) else 0
 
 
+def _check_method_name(arguments: Sequence[str]) -> None:
+    """A name of no method is answered with the names that there are; jsonargparse knows none."""
+    from local_distill.training import methods
+
+    known = [name for name in methods.__all__ if name not in ("Method", "Models", "StepTerms")]
+    pairs = [argument.partition("=") for argument in arguments if argument.startswith("--method=")]
+    given = [value for _, _, value in pairs]
+    given += [after for flag, after in pairwise(arguments) if flag == "--method"]
+    for name in given:
+        if "." not in name and name not in (*known, "null") and not name.startswith(("-", "{")):
+            close = difflib.get_close_matches(name.capitalize(), known, n=1)
+            hint = f", did you mean {close[0]}?" if close else "."
+            raise ConfigError(
+                f"`--method`: there is no {name!r}{hint} There are {', '.join(known)}; a class of "
+                "your own is named by its import path"
+            )
+
+
 def _instantiate(parser: Any, settings: Any) -> Any:
     """Build the classes; what one of ours refuses is said in its own words."""
     try:
         return parser.instantiate(settings)
     except ValueError as error:
-        if isinstance(error.__cause__, LocalDistillError):
-            raise error.__cause__ from None
+        cause: BaseException | None = error
+        while cause is not None:  # a class within a class has its error within an error
+            if isinstance(cause, LocalDistillError):
+                raise cause from None
+            cause = cause.__cause__
         raise
 
 

@@ -1,197 +1,168 @@
-"""What ``local-distill train``, ``knn`` and ``show`` do; each is a plain function as well."""
+"""What ``local-distill train`` and ``show`` do; each is a plain function as well."""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
-from lightning_fabric import Fabric
-from torch.utils.data import Dataset
+import yaml
 
-from local_distill._check import check_at_least
-from local_distill.backbones import TimmBackbone
 from local_distill.errors import ConfigError, DataError
 from local_distill.matching import NearestMatcher, SimilarityMatcher, match_views
-from local_distill.structures import Matcher, Matches, Tokens
-from local_distill.training.checkpoints import load_checkpoint
-from local_distill.training.evaluation import extract_features, knn_accuracy
-from local_distill.training.images import ImageFiles, decode_image
-from local_distill.training.network import DistillationNetwork
+from local_distill.structures import Matcher, Tokens
+from local_distill.training.backbone_loading import load_backbone
+from local_distill.training.checkpoints import CheckpointStore
+from local_distill.training.data.decoding import decode_image
+from local_distill.training.data.open_images import open_images
+from local_distill.training.demo_method import demo_method
+from local_distill.training.methods.method import Method
 from local_distill.training.options import (
     BackboneOptions,
-    HeadOptions,
-    LossOptions,
     OptimOptions,
     SceneOptions,
+    TeacherOptions,
 )
+from local_distill.training.processes import Precision, Strategy, launch, make_fabric
+from local_distill.training.run_pictures import RunPictures
 from local_distill.training.scenes import SyntheticScenes
 from local_distill.training.trainer import TrainResult
 from local_distill.training.trainer import train as run_training
-from local_distill.training.views import DemoCrop, eval_transform
+from local_distill.training.views import DemoCrop
 from local_distill.transforms.multi_crop import MultiCrop
 from local_distill.viz import denormalize, match_figure
 
-__all__ = ["knn", "load_backbone", "open_images", "show", "train"]
-
-# The scenes that features are tested on, never trained on.
-_TEST_SEED = 1
+__all__ = ["show", "train", "write_config"]
 
 
 def train(
     data: str = "scenes",
     output: str = "runs/train",
+    method: Method | None = None,
     views: MultiCrop | None = None,
-    matcher: Callable[[Tokens, Tokens], Matches] | None = None,
-    scenes: SceneOptions = SceneOptions(),
     backbone: BackboneOptions = BackboneOptions(),
-    head: HeadOptions = HeadOptions(),
-    loss: LossOptions = LossOptions(),
+    scenes: SceneOptions = SceneOptions(),
     optim: OptimOptions = OptimOptions(),
-    steps: int = 800,
+    teacher: TeacherOptions = TeacherOptions(momentum=0.97),
+    steps: int | None = None,
+    epochs: float | None = None,
     batch_size: int = 32,
+    accumulate: int = 1,
+    drop_last: bool = True,
     seed: int = 0,
     workers: int = 2,
+    most_bad: float = 0.1,
     log_every: int = 10,
     save_every: int = 200,
+    keep: int = 3,
+    pictures: bool = True,
     resume: bool = False,
     accelerator: str = "auto",
     devices: int = 1,
-    precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    num_nodes: int = 1,
+    strategy: Strategy = "auto",
+    precision: Precision = "32-true",
+    compile: bool = False,
+    process_timeout: float = 1800.0,
     config: dict[str, Any] | None = None,
 ) -> TrainResult:
-    """Train a backbone by global and local self-distillation.
+    """Train a backbone by any of the methods, on any images.
 
     Args:
-        data: "scenes" for the built-in ones, or an image folder (with class folders, or flat).
-        output: folder of the run: checkpoint, metrics.jsonl, TensorBoard's files.
+        data: "scenes" for the built-in ones; an image folder (flat, class folders, nested); a list
+            of files (.txt, .csv, .jsonl); hf:NAME for a Hugging Face data set; .tar shards.
+        output: folder of the run: settings, metrics, checkpoints, pictures.
+        method: what is learnt: Adasim, Cribo, Croc, Densecl, Dino, Esvit, Glsd, Ibot, Pixpro,
+            SdsslByol, SdsslMoco, SdsslSimclr, Vicregl, with the published sizes, or a class of
+            your own by its import path; null: Glsd with the small heads of the demo.
         views: what makes the views; any subclass of MultiCrop by its import path.
-        matcher: pairs the patch tokens; by import path, null for no local loss.
-        scenes: the built-in scenes.
         backbone: the network.
-        head: the projection heads.
-        loss: temperatures, weights, the teacher's pace.
-        optim: learning rate, weight decay, clipping.
-        steps: optimiser steps of the whole run.
-        batch_size: images per step and process.
+        scenes: the built-in scenes.
+        optim: the optimiser and its schedules; durations are in epochs where the run is.
+        teacher: how slowly the teacher follows.
+        steps: optimiser steps of the whole run; 800 where neither these nor epochs are given.
+        epochs: passes over the images, instead of steps.
+        batch_size: images per micro-batch and process.
+        accumulate: micro-batches per step.
+        drop_last: leave out an epoch's last images where they do not fill a micro-batch.
         seed: of the weights, the order and the augmentations.
         workers: loader processes.
+        most_bad: the run stops where a larger share of the images cannot be read.
         log_every: steps between two lines of metrics.
         save_every: steps between two checkpoints.
-        resume: go on from the checkpoint in output, with the same settings.
+        keep: so many checkpoints are kept.
+        pictures: draw matches and tokens of a few images with every checkpoint.
+        resume: go on from the last good checkpoint in output, with the same settings.
         accelerator: cpu, gpu, auto, ... as Fabric has them.
-        devices: number of processes, one device each.
-        precision: 32-true or bf16-mixed.
+        devices: number of processes on each machine, one device each.
+        num_nodes: number of machines.
+        strategy: ddp, or fsdp to shard the network.
+        precision: 32-true, bf16-mixed, 16-mixed (GPU) or 64-true.
+        compile: run the networks through torch.compile.
+        process_timeout: seconds after which a process that waits for another one gives up.
         config: kept in the checkpoint; the command line passes its own settings.
 
     Returns:
         `TrainResult`.
     """
     views = DemoCrop() if views is None else views
+    steps = 800 if steps is None and epochs is None else steps
     folder = Path(output)
     report = folder / "bad_images.jsonl"
-    images = open_images(data, scenes, report=report)
-    folder.mkdir(parents=True, exist_ok=True)
-    fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision)
-    fabric.launch()
-
-    def build() -> DistillationNetwork:
-        return DistillationNetwork(
-            backbone.build(),
-            num_prototypes=head.num_prototypes,
-            local=matcher is not None,
-            hidden_dim=head.hidden_dim,
-            bottleneck_dim=head.bottleneck_dim,
-        )
-
+    images = open_images(data, scenes=scenes, report=report, most_bad=most_bad)
+    fabric = make_fabric(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        precision=precision,
+        timeout=process_timeout,
+    )
+    launch(fabric)
+    if config is not None and fabric.is_global_zero:
+        write_config(folder, config)
     result = run_training(
         images,
-        build,
         views,
-        cast("Matcher | None", matcher),
+        demo_method() if method is None else method,
+        backbone.build,
         num_global=views.num_global,
         output=folder,
         steps=steps,
+        epochs=epochs,
         batch_size=batch_size,
-        head=head,
-        loss=loss,
+        accumulate=accumulate,
+        drop_last=drop_last,
         optim=optim,
+        teacher=teacher,
         seed=seed,
         workers=workers,
         log_every=log_every,
         save_every=save_every,
+        keep=keep,
         resume=resume,
+        compile=compile,
+        draw=RunPictures(folder, images, views, seed=seed).draw if pictures else None,
         config=config,
         fabric=fabric,
     )
     if fabric.is_global_zero:
         if report.exists():
-            bad = {json.loads(line)["path"] for line in report.read_text().splitlines()}
-            print(f"{len(bad)} unreadable file(s) were skipped, see {report}", file=sys.stderr)
+            print(f"some images could not be read, see {report}", file=sys.stderr)
         print(f"step {result.step}: {result.checkpoint}")
     return result
 
 
-def knn(
-    checkpoint: str | None = None,
-    backbone: BackboneOptions = BackboneOptions(),
-    train_data: str = "scenes",
-    test_data: str = "scenes",
-    scenes: SceneOptions = SceneOptions(),
-    train_count: int = 2000,
-    test_count: int = 1000,
-    size: int = 64,
-    k: int = 20,
-    temp: float = 0.07,
-    workers: int = 0,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Weighted k-NN accuracy on frozen features: no training, so it shows the features.
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Put the settings into ``config.yaml``, which ``train --config`` takes.
 
-    Args:
-        checkpoint: of `train`; null: the backbone with random (or pretrained) weights.
-        backbone: the network where there is no checkpoint.
-        train_data: "scenes", or an image folder with class folders, whose images vote.
-        test_data: "scenes" (held out), or an image folder with the same class folders.
-        scenes: the built-in scenes.
-        train_count: at most so many images vote.
-        test_count: at most so many are tested.
-        size: images are resized and cropped to this side in pixels.
-        k: number of neighbours.
-        temp: temperature of their weights.
-        workers: loader processes.
-        seed: of the random weights.
-
-    Returns:
-        Accuracy in [0, 1] with the global token and with the mean of the patch tokens.
+    Those of a run that has begun stay as they are.
     """
-    check_at_least("train_count", train_count, 1)
-    check_at_least("test_count", test_count, 1)
-    if (train_data == "scenes") != (test_data == "scenes"):
-        raise ConfigError("`train_data` and `test_data` must both be folders, or both scenes")
-    network = load_backbone(checkpoint, backbone, seed)
-    voters = _labelled(train_data, scenes, train_count)
-    tested = _labelled(
-        test_data, SceneOptions(test_count, scenes.size, scenes.seed + _TEST_SEED), test_count
-    )
-    if voters.classes != tested.classes:
-        raise DataError(
-            f"`train_data` has the classes {voters.classes} but `test_data` has {tested.classes}"
-        )
-    transform = eval_transform(size)
-    parts = [
-        extract_features(network, images, transform, workers=workers, description=name)
-        for name, images in (("voters", voters), ("tested", tested))
-    ]
-    result = {
-        name: knn_accuracy(parts[0][i], parts[0][2], parts[1][i], parts[1][2], k=k, temp=temp)
-        for i, name in enumerate(("global_token", "mean_of_tokens"))
-    }
-    print(json.dumps({name: round(value, 4) for name, value in result.items()}))
-    return result
+    path = folder / "config.yaml"
+    if not CheckpointStore(folder / "checkpoints").steps():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
 def show(
@@ -209,7 +180,7 @@ def show(
         image: an image file, or "scenes" for a built-in scene.
         output: the PNG to write.
         views: what makes the views; any subclass of MultiCrop by its import path.
-        checkpoint: of `train`, whose features are compared; null: the backbone's.
+        checkpoint: a run, or a checkpoint of it, whose features are compared; null: the backbone's.
         backbone: the network where there is no checkpoint.
         max_distance: limit of the geometric match in larger cell diagonals; null: none.
         seed: of the views, of the scene, and of random weights.
@@ -253,55 +224,6 @@ def show(
     figure.savefig(str(target), dpi=110)
     print(target)
     return target
-
-
-def open_images(
-    data: str, scenes: SceneOptions, *, report: Path | None = None
-) -> Dataset[tuple[Any, int]]:
-    """The built-in scenes or an image folder."""
-    if data == "scenes":
-        return SyntheticScenes(scenes.count, scenes.size, seed=scenes.seed)
-    return ImageFiles(data, report=report)
-
-
-def load_backbone(checkpoint: str | None, backbone: BackboneOptions, seed: int = 0) -> TimmBackbone:
-    """The teacher's backbone out of a checkpoint, or a fresh one."""
-    if checkpoint is None:
-        torch.manual_seed(seed)
-        return backbone.build()
-    state = load_checkpoint(checkpoint)
-    options = state["config"].get("backbone")
-    if options is None:
-        raise DataError(
-            f"`checkpoint` {checkpoint!r} does not say which backbone it holds: it was written by a"
-            " call from Python without `config`"
-        )
-    network = BackboneOptions(**{**options, "pretrained": False}).build()
-    prefix = "module.backbone."
-    weights = {
-        name.removeprefix(prefix): value
-        for name, value in state["teacher"].items()
-        if name.startswith(prefix)
-    }
-    network.load_state_dict(weights)
-    return network
-
-
-def _labelled(data: str, scenes: SceneOptions, count: int) -> Any:
-    images = open_images(data, scenes)
-    if isinstance(images, SyntheticScenes):
-        return SyntheticScenes(min(count, scenes.count), scenes.size, seed=scenes.seed)
-    assert isinstance(images, ImageFiles)
-    if not images.classes:
-        raise DataError(
-            f"{data!r} is a flat folder: k-NN needs one folder per class in it, with the images"
-        )
-    if len(images) > count:  # an even share of every class
-        step = len(images) / count
-        chosen = [int(i * step) for i in range(count)]
-        images.paths = [images.paths[i] for i in chosen]
-        images.targets = [images.targets[i] for i in chosen]
-    return images
 
 
 def _one_image(path: str) -> Any:

@@ -12,20 +12,22 @@ import torch
 from torch import Tensor
 
 from local_distill._check import check_at_least
-from local_distill.matching import NearestMatcher, SimilarityMatcher
-from local_distill.structures import Matches, Tokens
-from local_distill.training.commands import load_backbone, show, train
+from local_distill.matching import SimilarityMatcher
+from local_distill.training.backbone_loading import load_backbone
+from local_distill.training.commands import show, train
+from local_distill.training.demo_method import demo_method
 from local_distill.training.evaluation import extract_features, knn_accuracy, scene_tokens
+from local_distill.training.methods.method import Method
 from local_distill.training.options import BackboneOptions, SceneOptions
 from local_distill.training.scenes import SyntheticScenes
 from local_distill.training.views import eval_transform
 
 __all__ = ["demo"]
 
-_MATCHERS: dict[str, Callable[[], Callable[[Tokens, Tokens], Matches] | None]] = {
-    "none": lambda: None,
-    "similarity": SimilarityMatcher,
-    "geometric": NearestMatcher,
+_METHODS: dict[str, Callable[[], Method]] = {
+    "none": lambda: demo_method(local=False),
+    "similarity": lambda: demo_method(SimilarityMatcher()),
+    "geometric": demo_method,
 }
 _COLUMNS = {
     "global_token": "global token",
@@ -66,7 +68,7 @@ def demo(
     check_at_least("train_count", train_count, 1)
     check_at_least("test_count", test_count, 1)
     folder = Path(output)
-    ways = list(_MATCHERS) if matching == "all" else [matching]
+    ways = list(_METHODS) if matching == "all" else [matching]
     # As many vote however few there are to learn from: that is a question about learning.
     voters = SyntheticScenes(train_count, scenes.size, seed=scenes.seed)
     tested = SyntheticScenes(test_count, scenes.size, seed=scenes.seed + 1)
@@ -78,16 +80,16 @@ def demo(
     runs: dict[str, Path] = {}
     for way in ways:
         run = runs[way] = folder / way
-        checkpoint = run / "last.ckpt"
         print(f"training, {_name(way)}:")
         result = train(
             output=str(run),
-            matcher=_MATCHERS[way](),
+            method=_METHODS[way](),
             scenes=scenes,
             steps=steps,
             seed=seed,
             workers=workers,
-            resume=checkpoint.exists(),
+            resume=(run / "checkpoints").exists(),
+            pictures=False,
             config={
                 "matching": way,
                 "steps": steps,
@@ -98,9 +100,7 @@ def demo(
         )
         if result.interrupted:
             raise KeyboardInterrupt
-        results[f"trained, {_name(way)}"] = _evaluate(
-            str(checkpoint), voters, tested, scenes.size, seed
-        )
+        results[f"trained, {_name(way)}"] = _evaluate(str(run), voters, tested, scenes.size, seed)
     shown = "geometric" if "geometric" in runs else ways[-1]
     _loss_curve(runs, folder / "losses.png")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -108,7 +108,7 @@ def demo(
     print(
         f"results: {folder / 'results.json'}\nlosses:  {folder / 'losses.png'}\nmatches: ", end=""
     )
-    show("scenes", str(folder / "matches.png"), checkpoint=str(runs[shown] / "last.ckpt"), seed=1)
+    show("scenes", str(folder / "matches.png"), checkpoint=str(runs[shown]), seed=1)
     return results
 
 

@@ -12,9 +12,22 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from local_distill.losses.monitors import distillation_monitors, feature_std
 from local_distill.structures import Matches
+from local_distill.training.methods.method import StepTerms
+from local_distill.training.progress import Progress
 
-__all__ = ["RunLog", "match_coverage", "mean_entropy"]
+__all__ = ["RunLog", "match_coverage", "step_values"]
+
+# What is shown beside the bar, where it is there; the file has all.
+_SHOWN = {
+    "loss": "loss",
+    "global_loss": "global",
+    "local_loss": "local",
+    "intermediate_loss": "lower",
+    "coverage": "coverage",
+    "teacher_entropy": "entropy",
+}
 
 
 class RunLog:
@@ -53,12 +66,13 @@ class RunLog:
         """One step is done."""
         self._bar.update()
 
-    def write(self, step: int, values: Mapping[str, float], shown: Mapping[str, float]) -> None:
-        """Record ``values`` and show ``shown`` beside the bar."""
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record all values, and show a few of them beside the bar."""
         if not self.enabled:
             return
         self._bar.set_postfix(
-            {name: f"{value:.3g}" for name, value in shown.items()}, refresh=sys.stderr.isatty()
+            {short: f"{values[name]:.3g}" for name, short in _SHOWN.items() if name in values},
+            refresh=sys.stderr.isatty(),
         )
         self._stream.write(json.dumps({"step": step, **values}) + "\n")
         self._stream.flush()
@@ -96,14 +110,26 @@ def match_coverage(matches: Mapping[tuple[int, int], Matches]) -> float:
     return float(torch.cat(flags).float().mean()) if flags else 0.0
 
 
-def mean_entropy(probs: Tensor) -> float:
-    """Mean entropy of distributions (…, c), in nats; 0 and ln c both mean a collapse.
+@torch.no_grad()
+def step_values(
+    terms: StepTerms, now: Progress, more: Mapping[str, float | Tensor]
+) -> dict[str, float]:
+    """All that is to be logged of a step, by name: its loss and parts, matches, signs of collapse.
 
-    Example:
-        >>> round(mean_entropy(torch.full((2, 4), 0.25)), 3)  # ln 4
-        1.386
+    Args:
+        terms: of this process.
+        now: the step.
+        more: learning rate and the like.
     """
-    return float(torch.special.entr(probs).sum(-1).mean())
+    values: dict[str, float | Tensor] = {"epoch": now.epoch, "loss": terms.loss, **terms.values}
+    if terms.matches:
+        values["coverage"] = match_coverage(terms.matches)
+    if terms.targets:
+        values.update(distillation_monitors(terms.targets, terms.features or None).as_dict())
+    elif terms.features:
+        values["feature_std"] = feature_std(terms.features)
+    values.update(more)
+    return {name: float(value) for name, value in values.items()}
 
 
 def _lines(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""The network that is trained: a backbone with a global and a local projection head."""
+"""The network of most methods: a backbone with a head for whole views and one for tokens."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from local_distill._check import check_sequence
+from local_distill._logits import Logits
 from local_distill.backbones import BackboneOutput, TimmBackbone
 from local_distill.heads import ProjectionHead
 from local_distill.structures import CropGeometry, Tokens, ViewOutput
+from local_distill.training.masked_patches import MaskedPatches
 
 __all__ = ["DistillationNetwork", "NetworkOutput", "view_outputs"]
 
@@ -20,32 +22,38 @@ class NetworkOutput(NamedTuple):
     """What the network says of one view.
 
     Attributes:
-        global_logits: (b, c).
-        token_logits: (b, n, c), or None without a local head.
+        global_logits: (b, c) of the global head, or None without one.
+        token_logits: (b, n, c) of the local head, or None without one.
         patch_tokens: (b, n, d), the backbone's, which a similarity matcher compares.
+        global_token: (b, d), the backbone's.
     """
 
-    global_logits: Tensor
-    token_logits: Tensor | None
+    global_logits: Logits | None
+    token_logits: Logits | None
     patch_tokens: Tensor
+    global_token: Tensor
 
 
 class DistillationNetwork(nn.Module):
-    """Backbone, global head and, for local distillation, a local head of its own.
+    """Backbone, a head for whole views and a head for tokens; either head may be missing.
 
-    Views of one size go through the backbone together. No geometry passes through it: a precision
+    Views of one size go through the backbone together. A `ProjectionHead` takes all views as one
+    batch, and says `PrototypeLogits` where ``fused``; any other head takes view by view, so that
+    its BatchNorm has the statistics of one view. No geometry passes through a network: a precision
     plugin would round it by pixels.
 
     Args:
         backbone: gives `BackboneOutput`.
-        num_prototypes: of each head.
-        local: whether there is a local head.
-        hidden_dim: see `ProjectionHead`.
-        bottleneck_dim: see `ProjectionHead`.
+        global_head: (b, d) → (b, c).
+        local_head: (b, n, d) → (b, n, c).
+        propagation: of a student's token features, PixPro's; left out where ``teacher``.
+        mask_token: whether tokens can be masked before the backbone sees them, for iBOT.
+        fused: projection heads give `PrototypeLogits`, never multiplied out.
 
     Example:
         >>> from local_distill.backbones import tiny_vit
-        >>> network = DistillationNetwork(tiny_vit(), num_prototypes=16, hidden_dim=32)
+        >>> heads = [ProjectionHead(96, num_prototypes=16, hidden_dim=32) for _ in range(2)]
+        >>> network = DistillationNetwork(tiny_vit(), *heads)
         >>> big, small = network([torch.zeros(2, 3, 48, 48), torch.zeros(2, 3, 24, 24)])
         >>> big.token_logits.shape, small.token_logits.shape
         (torch.Size([2, 36, 16]), torch.Size([2, 9, 16]))
@@ -54,62 +62,121 @@ class DistillationNetwork(nn.Module):
     def __init__(
         self,
         backbone: TimmBackbone,
+        global_head: nn.Module | None = None,
+        local_head: nn.Module | None = None,
         *,
-        num_prototypes: int,
-        local: bool = True,
-        hidden_dim: int = 2048,
-        bottleneck_dim: int = 256,
+        propagation: nn.Module | None = None,
+        mask_token: bool = False,
+        fused: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.global_head = global_head
+        self.local_head = local_head
+        self.propagation = propagation
+        self.masked_patches = MaskedPatches(backbone) if mask_token else None
+        self.fused = fused
 
-        def head() -> ProjectionHead:
-            return ProjectionHead(
-                backbone.embed_dim,
-                num_prototypes,
-                hidden_dim=hidden_dim,
-                bottleneck_dim=bottleneck_dim,
-            )
+    def forward(
+        self,
+        views: Sequence[Tensor],
+        valid: Sequence[Tensor | None] | None = None,
+        *,
+        teacher: bool = False,
+    ) -> list[NetworkOutput]:
+        """Map views (b, 3, h_v, w_v) to one `NetworkOutput` each.
 
-        self.global_head = head()
-        self.local_head = head() if local else None
-
-    def forward(self, views: Sequence[Tensor]) -> list[NetworkOutput]:
-        """Map views (b, 3, h_v, w_v) to one `NetworkOutput` each."""
+        Args:
+            views: the views.
+            valid: per view (b, n_v) bool, True where a token is masked, or None.
+            teacher: leave out what only a student has.
+        """
         check_sequence("views", views, "a batch of images")
-        outputs: dict[int, NetworkOutput] = {}
-        for numbers in _by_size(views).values():
-            batch: BackboneOutput = self.backbone(torch.cat([views[v] for v in numbers]))
-            global_logits = self.global_head(batch.global_token)
-            token_logits = None if self.local_head is None else self.local_head(batch.patch_tokens)
+        outputs = self._backbone_outputs(views, valid)
+        whole = _headed(self.global_head, [out.global_token for out in outputs], self.fused)
+        local = _headed(self.local_head, [out.patch_tokens for out in outputs], self.fused)
+        if self.propagation is not None and not teacher:
+            local = [None if view is None else self.propagation(view) for view in local]
+        return [
+            NetworkOutput(logits, token_logits, out.patch_tokens, out.global_token)
+            for out, logits, token_logits in zip(outputs, whole, local, strict=True)
+        ]
+
+    def prototypes(self) -> list[nn.Parameter]:
+        """The parameters that stand still where the last layers are frozen."""
+        heads = [head for head in (self.global_head, self.local_head) if head is not None]
+        return [
+            parameter
+            for head in heads
+            if isinstance(head, ProjectionHead)
+            for parameter in head.prototypes.parameters()
+        ]
+
+    def _backbone_outputs(
+        self, views: Sequence[Tensor], valid: Sequence[Tensor | None] | None
+    ) -> list[BackboneOutput]:
+        outputs: dict[int, BackboneOutput] = {}
+        hidden = [None] * len(views) if valid is None else list(valid)
+        for numbers in _alike(views, hidden).values():
+            images = torch.cat([views[v] for v in numbers])
+            masks = [hidden[v] for v in numbers]
+            if self.masked_patches is not None and masks[0] is not None:
+                joined = torch.cat([mask for mask in masks if mask is not None])
+                with self.masked_patches.hide(joined):
+                    batch: BackboneOutput = self.backbone(images)
+            else:
+                batch = self.backbone(images)
             sizes = [views[v].shape[0] for v in numbers]
-            parts = (
-                torch.split(global_logits, sizes),
-                [None] * len(numbers) if token_logits is None else torch.split(token_logits, sizes),
-                torch.split(batch.patch_tokens, sizes),
-            )
-            for v, whole, local, patches in zip(numbers, *parts, strict=True):
-                outputs[v] = NetworkOutput(whole, local, patches)
+            parts = (torch.split(batch.global_token, sizes), torch.split(batch.patch_tokens, sizes))
+            for v, whole, patches in zip(numbers, *parts, strict=True):
+                outputs[v] = BackboneOutput(whole, patches)
         return [outputs[v] for v in range(len(views))]
 
 
 def view_outputs(
     outputs: Sequence[NetworkOutput],
-    views: Sequence[Tensor],
     geometries: Sequence[CropGeometry],
+    sizes: Sequence[tuple[int, int]],
     backbone: TimmBackbone,
 ) -> list[ViewOutput]:
-    """Join what the network said with where the views lie, as the losses take it."""
+    """Join what the network said with where the views lie, as the losses take it.
+
+    Args:
+        outputs: of the network, view by view.
+        geometries: of at least as many views.
+        sizes: (height, width) of as many views, in pixels.
+        backbone: knows where its tokens lie.
+    """
     joined = []
-    for output, view, geometry in zip(outputs, views, geometries, strict=False):
-        grid = backbone.token_grid((int(view.shape[-2]), int(view.shape[-1])))
-        tokens = Tokens(output.patch_tokens.detach(), geometry, grid)
+    for output, geometry, size in zip(outputs, geometries, sizes, strict=False):
+        tokens = Tokens(output.patch_tokens.detach(), geometry, backbone.token_grid(size))
         joined.append(ViewOutput(output.global_logits, output.token_logits, tokens))
     return joined
 
 
-def _by_size(views: Sequence[Tensor]) -> dict[torch.Size, list[int]]:
-    groups: dict[torch.Size, list[int]] = {}
-    for number, view in enumerate(views):
-        groups.setdefault(view.shape[1:], []).append(number)
+def _headed(
+    head: nn.Module | None, features: Sequence[Tensor], fused: bool
+) -> Sequence[Logits | None]:
+    if head is None:
+        return [None] * len(features)
+    if not isinstance(head, ProjectionHead):
+        return [head(view) for view in features]
+    if fused:
+        return head.prototype_logits(features)
+    # Rows do not meet in this head: all views in one product.
+    rows = [view.reshape(-1, view.shape[-1]) for view in features]
+    logits: Tensor = head(torch.cat(rows))
+    parts = torch.split(logits, [len(part) for part in rows])
+    return [
+        part.reshape(*view.shape[:-1], part.shape[-1])
+        for part, view in zip(parts, features, strict=True)
+    ]
+
+
+def _alike(
+    views: Sequence[Tensor], hidden: Sequence[Tensor | None]
+) -> dict[tuple[torch.Size, bool], list[int]]:
+    groups: dict[tuple[torch.Size, bool], list[int]] = {}
+    for number, (view, mask) in enumerate(zip(views, hidden, strict=True)):
+        groups.setdefault((view.shape[1:], mask is None), []).append(number)
     return groups

@@ -10,7 +10,14 @@ from local_distill._check import check_at_least, check_fraction, check_positive
 from local_distill.backbones import TimmBackbone, tiny_vit
 from local_distill.errors import ConfigError
 
-__all__ = ["BackboneOptions", "HeadOptions", "LossOptions", "OptimOptions", "SceneOptions"]
+__all__ = [
+    "BackboneOptions",
+    "HeadOptions",
+    "OptimOptions",
+    "SceneOptions",
+    "TeacherOptions",
+    "TemperatureOptions",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,99 +28,168 @@ class BackboneOptions:
         name: a timm model name such as "vit_small_patch16_224", or "tiny_vit" for the demo's.
         pretrained: start from timm's weights for that name, which downloads them.
         kwargs: further arguments for timm.create_model, or for tiny_vit.
+        frozen: parameters that keep the weights they start with, by the beginnings of their names
+            in the timm model: [patch_embed, pos_embed] in MoCo v3 and SDSSL.
     """
 
     name: str = "tiny_vit"
     pretrained: bool = False
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    frozen: list[str] = dataclasses.field(default_factory=list)
 
-    def build(self) -> TimmBackbone:
-        """The backbone, with fresh weights unless ``pretrained``."""
+    def build(self, *, layers: bool = False, patch_layers: bool = False) -> TimmBackbone:
+        """The backbone, with fresh weights unless ``pretrained``.
+
+        Args:
+            layers: it also gives the global token of every layer.
+            patch_layers: it also gives their patch tokens.
+
+        Raises:
+            ConfigError: a name, arguments or ``frozen`` parameters that are not there.
+        """
+        backbone = self._build(layers=layers, patch_layers=patch_layers)
+        for start in self.frozen:
+            found = [p for name, p in backbone.model.named_parameters() if name.startswith(start)]
+            if not found:
+                raise ConfigError(
+                    f"`backbone.frozen`: no parameter's name in {self.name!r} starts with "
+                    f"{start!r}; they are named {[n for n, _ in backbone.model.named_parameters()]}"
+                )
+            for parameter in found:
+                parameter.requires_grad_(False)
+        return backbone
+
+    def _build(self, *, layers: bool, patch_layers: bool) -> TimmBackbone:
         if self.name != "tiny_vit":
-            return TimmBackbone(self.name, pretrained=self.pretrained, **self.kwargs)
+            return TimmBackbone(
+                self.name,
+                pretrained=self.pretrained,
+                layers=layers,
+                patch_layers=patch_layers,
+                **self.kwargs,
+            )
         if self.pretrained:
             raise ConfigError("`backbone.pretrained`: there are no weights for tiny_vit")
         try:
-            return tiny_vit(**self.kwargs)
+            return tiny_vit(**self.kwargs, layers=layers, patch_layers=patch_layers)
         except TypeError as error:
             raise ConfigError(f"`backbone.kwargs` {self.kwargs}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadOptions:
-    """The two projection heads.
+    """A projection head with prototypes, see `ProjectionHead`; the defaults are DINO's.
 
     Args:
-        num_prototypes: of each head.
+        num_prototypes: c.
         hidden_dim: width of the hidden layers.
         bottleneck_dim: dimension before the prototypes.
+        num_layers: linear layers before the prototypes.
+        batch_norm: BatchNorm in the hidden layers.
+        frozen_magnitude: keep the norm of the prototypes at 1.
     """
 
-    num_prototypes: int = 256
-    hidden_dim: int = 256
-    bottleneck_dim: int = 64
+    num_prototypes: int = 65_536
+    hidden_dim: int = 2_048
+    bottleneck_dim: int = 256
+    num_layers: int = 3
+    batch_norm: bool = False
+    frozen_magnitude: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
-class LossOptions:
-    """Temperatures, weights and the teacher's pace.
+class TemperatureOptions:
+    """Temperatures of student and teacher.
 
     Args:
-        student_temp: temperature of the student.
-        teacher_temp: temperature of the teacher after its warm-up.
-        teacher_temp_start: temperature of the teacher at step 0.
-        teacher_temp_warmup: steps from the one to the other.
-        center_momentum: momentum of the centers.
-        teacher_momentum: EMA momentum at step 0; it rises to 1 along a cosine.
-        global_weight: weight of the global loss.
-        local_weight: weight of the local loss; without a matcher there is none.
+        student: of the student.
+        teacher: of the teacher after its warm-up.
+        teacher_start: of the teacher at step 0.
+        teacher_warmup: how long it takes from the one to the other, linearly: in epochs where the
+            run is given in epochs, else in steps.
+        whole_epochs: the warm-up goes by whole epochs, of which the last one has the end's value,
+            as in the published codes; else step by step. In a run given in steps there are no
+            epochs to go by, and the last step of the warm-up has the end's value.
     """
 
-    student_temp: float = 0.1
-    teacher_temp: float = 0.04
-    teacher_temp_start: float = 0.04
-    teacher_temp_warmup: int = 0
-    center_momentum: float = 0.9
-    teacher_momentum: float = 0.97
-    global_weight: float = 0.5
-    local_weight: float = 0.5
+    student: float = 0.1
+    teacher: float = 0.04
+    teacher_start: float = 0.04
+    teacher_warmup: float = 0.0
+    whole_epochs: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("student_temp", "teacher_temp", "teacher_temp_start"):
-            check_positive(f"loss.{name}", getattr(self, name))
-        check_at_least("loss.teacher_temp_warmup", self.teacher_temp_warmup, 0)
-        check_fraction("loss.teacher_momentum", self.teacher_momentum)
+        for name in ("student", "teacher", "teacher_start"):
+            check_positive(f"temps.{name}", getattr(self, name))
+        _check_amount("temps.teacher_warmup", self.teacher_warmup)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherOptions:
+    """How slowly the teacher follows, where a method has one.
+
+    Args:
+        momentum: EMA momentum at step 0.
+        momentum_end: EMA momentum at the end, reached along a cosine.
+    """
+
+    momentum: float = 0.996
+    momentum_end: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fraction("teacher.momentum", self.momentum)
+        check_fraction("teacher.momentum_end", self.momentum_end)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimOptions:
-    """AdamW with a warm-up and a cosine.
+    """The optimiser and its schedules. Durations are in epochs where the run is, else in steps.
 
     Args:
-        lr: peak learning rate.
-        lr_end: learning rate at the last step.
-        warmup: steps of the warm-up.
+        name: any optimiser that timm knows: adamw, sgd, lars, lamb, ...
+        kwargs: further arguments for it, such as betas or momentum.
+        lr: peak learning rate, reached at the end of the warm-up.
+        lr_batch: lr is meant for so many images a step and scaled to the real number; null: not
+            scaled. 256 in most papers.
+        lr_end: learning rate at the end, reached along a cosine; not scaled.
+        warmup: duration of the warm-up.
         weight_decay: at step 0; biases and norms have none.
-        weight_decay_end: at the last step, reached along a cosine.
+        weight_decay_end: at the end, reached along a cosine.
+        decay_vectors: biases and norms decay as well, as in DenseCL's code.
+        layer_decay: factor of the learning rate from each layer of the backbone to the one before.
         clip: largest norm of the gradient; 0: no clipping.
+        clip_each: clip every parameter's gradient by itself, as DINO's code does.
+        freeze_last: for so long the prototypes stand still.
     """
 
+    name: str = "adamw"
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     lr: float = 2e-3
+    lr_batch: int | None = None
     lr_end: float = 1e-5
-    warmup: int = 80
+    warmup: float = 80
     weight_decay: float = 0.04
     weight_decay_end: float = 0.04
+    decay_vectors: bool = False
+    layer_decay: float = 1.0
     clip: float = 3.0
+    clip_each: bool = False
+    freeze_last: float = 0
 
     def __post_init__(self) -> None:
         check_positive("optim.lr", self.lr)
-        check_at_least("optim.warmup", self.warmup, 0)
-        for name in ("lr_end", "weight_decay", "weight_decay_end", "clip"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(
-                    f"`optim.{name}` must be a finite number of at least 0, got {value!r}"
-                )
+        if self.lr_batch is not None:
+            check_at_least("optim.lr_batch", self.lr_batch, 1)
+        check_positive("optim.layer_decay", self.layer_decay)
+        for name in (
+            "lr_end",
+            "warmup",
+            "weight_decay",
+            "weight_decay_end",
+            "clip",
+            "freeze_last",
+        ):
+            _check_amount(f"optim.{name}", getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,3 +205,8 @@ class SceneOptions:
     count: int = 4000
     size: int = 64
     seed: int = 0
+
+
+def _check_amount(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise ConfigError(f"`{name}` must be a finite number of at least 0, got {value!r}")

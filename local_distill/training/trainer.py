@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,75 +11,67 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from local_distill import schedules
-from local_distill._check import check_at_least
-from local_distill.errors import ConfigError, LocalDistillError
-from local_distill.losses import (
-    GlobalDistillationLoss,
-    GlobalLocalDistillationLoss,
-    LocalDistillationLoss,
-)
-from local_distill.structures import CropGeometry, Matcher, Matches
-from local_distill.targets import Centering
-from local_distill.teacher import EmaTeacher
-from local_distill.training.checkpoints import (
-    check_same_config,
-    load_checkpoint,
-    save_checkpoint,
-)
-from local_distill.training.loading import view_loader
-from local_distill.training.metrics import RunLog, match_coverage, mean_entropy
-from local_distill.training.network import DistillationNetwork, NetworkOutput, view_outputs
-from local_distill.training.options import HeadOptions, LossOptions, OptimOptions
+from local_distill.backbones import TimmBackbone
+from local_distill.structures import CropGeometry
+from local_distill.training.accumulating import accumulating
+from local_distill.training.checkpoint_manifest import file_name
+from local_distill.training.checkpoints import CheckpointStore
+from local_distill.training.data.worker_failures import named_worker_failures
+from local_distill.training.dead_ranks import watch_processes
+from local_distill.training.loading import mix_seeds
+from local_distill.training.methods.method import Method
+from local_distill.training.metrics import RunLog, step_values
+from local_distill.training.optimizer import clip_gradients, set_schedules
+from local_distill.training.options import OptimOptions, TeacherOptions
+from local_distill.training.processes import agree, launch
+from local_distill.training.run_plan import check_run, plan_run
+from local_distill.training.run_setup import set_up
+from local_distill.training.run_state import gather_state, restore_state
+from local_distill.training.spoilt_steps import SpoiltSteps
+from local_distill.training.stop_signal import stop_signal
 
 __all__ = ["TrainResult", "train"]
-
-# Settings that may differ between a run and its resumption: they change nothing that is learned.
-_FREE = frozenset({"output", "resume", "workers", "log_every", "save_every", "devices", "config"})
-# So many steps without a finite gradient in a row, and the run is stopped: it would not recover.
-_MOST_SKIPPED = 50
 
 
 class TrainResult(NamedTuple):
     """What a run leaves.
 
     Attributes:
-        network: the teacher's network, which is the one to use.
+        network: the one to use: the teacher's, or the student's where there is no teacher.
         checkpoint: the file of the last checkpoint.
         step: steps done.
         interrupted: whether Ctrl-C or a termination signal ended it early.
     """
 
-    network: DistillationNetwork
+    network: nn.Module
     checkpoint: Path
     step: int
     interrupted: bool
 
 
-class _StepTerms(NamedTuple):
-    loss: Tensor
-    values: dict[str, Tensor]
-    matches: dict[tuple[int, int], Matches]
-
-
 def train(
     images: Dataset[tuple[Any, int]],
-    build_network: Callable[[], DistillationNetwork],
     views: Callable[[Any], tuple[Sequence[Tensor], Sequence[CropGeometry]]],
-    matcher: Matcher | None,
+    method: Method,
+    build_backbone: Callable[..., TimmBackbone],
     *,
     num_global: int,
     output: Path,
-    steps: int = 800,
+    steps: int | None = None,
+    epochs: float | None = None,
     batch_size: int = 32,
-    head: HeadOptions,
-    loss: LossOptions,
+    accumulate: int = 1,
+    drop_last: bool = True,
     optim: OptimOptions,
+    teacher: TeacherOptions,
     seed: int = 0,
     workers: int = 0,
     log_every: int = 10,
     save_every: int = 200,
+    keep: int = 3,
     resume: bool = False,
+    compile: bool = False,
+    draw: Callable[[int, TimmBackbone], object] | None = None,
     config: dict[str, Any] | None = None,
     fabric: Fabric | None = None,
 ) -> TrainResult:
@@ -91,21 +79,26 @@ def train(
 
     Args:
         images: gives (image, label); labels are not looked at.
-        build_network: makes the network, after the seed is set.
         views: image → (views, geometries), such as `MultiCrop`.
-        matcher: pairs the patch tokens; None: no local loss.
+        method: network, loss and step.
+        build_backbone: makes the backbone, after the seed is set; called with ``layers=``.
         num_global: how many of the views the teacher sees; they come first.
-        output: folder of the run: ``last.ckpt``, ``metrics.jsonl``, TensorBoard's files.
-        steps: optimiser steps of the whole run.
-        batch_size: images per step and process.
-        head: settings of the heads, for the centers' size.
-        loss: temperatures, weights, teacher momentum.
-        optim: learning rate, weight decay, clipping.
+        output: folder of the run.
+        steps: optimiser steps of the whole run; give either these or ``epochs``.
+        epochs: passes over the images; durations of schedules are then in epochs too.
+        batch_size: images per micro-batch and process.
+        accumulate: micro-batches per step.
+        drop_last: leave out an epoch's last images where they do not fill a micro-batch.
+        optim: the optimiser and its schedules.
+        teacher: how slowly the teacher follows.
         seed: of weights, order and augmentations.
         workers: loader processes.
         log_every: steps between two lines of metrics.
         save_every: steps between two checkpoints; the last step is saved in any case.
-        resume: go on from ``output/last.ckpt``.
+        keep: so many checkpoints are kept.
+        resume: go on from the last good checkpoint, where there is one.
+        compile: run the networks through ``torch.compile``.
+        draw: called with every checkpoint's step and the backbone to use, on the first process.
         config: JSON-able settings, kept in the checkpoint and compared on resume.
         fabric: device, precision and processes; None: automatic, one process.
 
@@ -113,232 +106,87 @@ def train(
         `TrainResult`.
 
     Raises:
+        CheckpointWriteError: a full disk; what was saved before is as it was.
         ConfigError: settings that cannot work, an ``output`` that already holds a run, a resume
             with other settings; all before any work is done.
+        DataError: a loader's worker died, or too many images cannot be read.
         LocalDistillError: the gradient stayed non-finite for 50 steps in a row.
     """
-    for name, value in (("steps", steps), ("log_every", log_every), ("save_every", save_every)):
-        check_at_least(name, value, 1)
-    checkpoint_path = output / "last.ckpt"
-    if checkpoint_path.exists() and not resume:
-        raise ConfigError(
-            f"`output` {str(output)!r} already holds a run; pass --resume true to go on with it, or"
-            " another folder"
-        )
-    saved = load_checkpoint(checkpoint_path) if resume else None
-    if saved is not None:
-        check_same_config(saved["config"], config or {}, _FREE)
-    start = 0 if saved is None else int(saved["step"])
     fabric = fabric or Fabric(devices=1)
+    launch(fabric)
+    store = CheckpointStore(output / "checkpoints", keep=keep)
+    saved = check_run(store, resume, config or {})
     fabric.seed_everything(seed, workers=False, verbose=False)
-
-    network = build_network()
-    criterion = _criterion(matcher, head, loss)
-    optimizer = torch.optim.AdamW(_parameter_groups(network), lr=optim.lr)
-    student, optimizer = fabric.setup(network, optimizer)
-    teacher = EmaTeacher(network)
-    fabric.to_device(teacher)
-    fabric.to_device(criterion)
+    num_images = len(images)  # type: ignore[arg-type]
+    run = set_up(
+        fabric, method, build_backbone, optim, num_global=num_global, num_images=num_images,
+        compile=compile,
+    )  # fmt: skip
+    models, optimizer = run.models, run.optimizer
+    # The networks are alike on all processes; what dropout leaves out is not.
+    torch.manual_seed(mix_seeds(seed, fabric.global_rank))
     if saved is not None:
-        network.load_state_dict(saved["network"])
-        teacher.load_state_dict(saved["teacher"])
-        criterion.load_state_dict(saved["criterion"])
-        optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["rng"])
-    loader = view_loader(
-        images,
-        views,
-        batch_size=batch_size,
-        seed=seed,
-        start_step=start,
-        workers=workers,
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
-        pin_memory=fabric.device.type == "cuda",
-    )
-
-    def save(step: int) -> None:
-        if fabric.is_global_zero:
-            state = {
-                "step": step,
-                "config": config or {},
-                "network": network.state_dict(),
-                "teacher": teacher.state_dict(),
-                "criterion": criterion.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "rng": torch.get_rng_state(),
-            }
-            save_checkpoint(checkpoint_path, state)
-
-    step, skipped = start, 0
-    log = RunLog(output, total=steps, start=start, enabled=fabric.is_global_zero)
-    with log, _stop_signal() as stop:
-        for step, batch in zip(range(start + 1, steps + 1), loader, strict=False):
-            batch_views, geometries = fabric.to_device(batch)
-            lr = _set_schedules(optimizer, optim, step - 1, steps)
-            teacher_temp = schedules.linear(
-                step - 1,
-                start=loss.teacher_temp_start,
-                end=loss.teacher_temp,
-                total=loss.teacher_temp_warmup,
-            )
-            student_out = student(batch_views)
-            with fabric.autocast():
-                teacher_out = teacher(batch_views[:num_global])
-            terms = _step_loss(
-                criterion, student_out, teacher_out, batch_views, geometries, network, teacher_temp
-            )
-            fabric.backward(terms.loss)
-            norm = fabric.clip_gradients(
-                student, optimizer, max_norm=optim.clip or math.inf, error_if_nonfinite=False
-            )
-            assert norm is not None  # Fabric's annotation allows for strategies that do not tell
-            # The loss is reduced over the processes, so that all of them skip, or none does.
-            if bool(torch.isfinite(norm)):
+        restore_state(saved, run.network, models.teacher, models.criterion, optimizer, run.scaler)
+    start = 0 if saved is None else int(saved["step"])
+    plan = plan_run(
+        images, views, method, models, fabric, seed=seed, start=start, steps=steps, epochs=epochs,
+        batch_size=batch_size, accumulate=accumulate, drop_last=drop_last, workers=workers,
+        log_every=log_every, save_every=save_every,
+    )  # fmt: skip
+    used = run.network if models.teacher is None else models.teacher.module
+    batches = plan.batches(run.dtype)
+    checkpoint, step = store.folder / file_name(start), start
+    with (
+        RunLog(output, total=plan.steps, start=start, enabled=fabric.is_global_zero) as log,
+        stop_signal() as stop,
+        watch_processes(fabric),
+        named_worker_failures(),
+    ):
+        spoilt = SpoiltSteps(output, log.say)
+        for step in range(start + 1, plan.steps + 1):
+            now = plan.progress(step)
+            rates = set_schedules(optimizer, optim, now, plan.images_per_step)
+            for micro in range(1, accumulate + 1):
+                more = micro < accumulate
+                with (
+                    fabric.no_backward_sync(run.wrapped, enabled=more),
+                    accumulating(models.criterion, more),
+                ):
+                    with fabric.autocast():
+                        terms = method.step(models, next(batches), now)
+                    fabric.backward(terms.loss / accumulate)
+            frozen = run.frozen if now.within(optim.freeze_last) else ()
+            norm = clip_gradients(fabric, models.student, optimizer, optim, frozen)
+            momentum = now.cosine(teacher.momentum, teacher.momentum_end)
+            # Losses are reduced over the processes, so that all of them skip, or none does.
+            finite = bool(torch.isfinite(norm))
+            if finite or run.scaler is not None:  # a scaler skips by itself, and learns from it
                 optimizer.step()
-                momentum = schedules.cosine(
-                    step - 1, start=loss.teacher_momentum, end=1.0, total=steps
-                )
-                teacher.update(network, momentum)
-                skipped = 0
-            else:
-                skipped += 1
-                log.say(f"step {step}: the gradient is not finite, skipped")
-                if skipped == _MOST_SKIPPED:
-                    raise LocalDistillError(
-                        f"the gradient was not finite for {skipped} steps in a row, up to step "
-                        f"{step}; `output` {str(output)!r} holds the last good checkpoint: lower "
-                        "optim.lr, or look at the data"
-                    )
             optimizer.zero_grad()
+            if finite and models.teacher is not None:
+                models.teacher.update(run.network, momentum)
+            spoilt.count(step, finite=finite)
 
             log.advance()
-            if step % log_every == 0 or step == steps:
-                _log(log, step, terms, teacher_out, criterion, teacher_temp, lr, norm)
-            if step % save_every == 0 or step == steps or stop.asked:
-                save(step)
-            if stop.asked:
-                log.say(f"stopped after step {step}; saved {checkpoint_path}, go on with --resume")
+            ends = agree(fabric, stop.asked) or step == plan.steps
+            if step % log_every == 0 or ends:
+                told = {
+                    **rates,
+                    "teacher_momentum": momentum,
+                    "gradient_norm": float(norm),
+                    "skipped_steps": float(spoilt.total),
+                }
+                log.write(step, step_values(terms, now, told))
+            if step % save_every == 0 or ends:
+                state = gather_state(
+                    run.network, models.teacher, models.criterion, optimizer, run.scaler
+                )
+                checkpoint = store.folder / file_name(step)
+                if fabric.is_global_zero:
+                    store.save(step, {"step": step, "config": config or {}, **state})
+                    if draw is not None:
+                        draw(step, run.backbone_to_use(state))
+            if ends and step < plan.steps:
+                log.say(f"stopped after step {step}; saved {checkpoint}, go on with --resume true")
                 break
-    trained = teacher.module
-    assert isinstance(trained, DistillationNetwork)
-    return TrainResult(trained, checkpoint_path, step, stop.asked and step < steps)
-
-
-def _criterion(matcher: Matcher | None, head: HeadOptions, loss: LossOptions) -> nn.Module:
-    def targets() -> Centering:
-        return Centering(head.num_prototypes, loss.center_momentum)
-
-    whole = GlobalDistillationLoss(targets(), student_temp=loss.student_temp)
-    if matcher is None:
-        return whole
-    return GlobalLocalDistillationLoss(
-        whole,
-        LocalDistillationLoss(targets(), student_temp=loss.student_temp),
-        matcher,
-        global_weight=loss.global_weight,
-        local_weight=loss.local_weight,
-    )
-
-
-def _step_loss(
-    criterion: nn.Module,
-    student_out: list[NetworkOutput],
-    teacher_out: list[NetworkOutput],
-    views: Sequence[Tensor],
-    geometries: Sequence[CropGeometry],
-    network: DistillationNetwork,
-    teacher_temp: float,
-) -> _StepTerms:
-    if isinstance(criterion, GlobalLocalDistillationLoss):
-        terms = criterion(
-            view_outputs(student_out, views, geometries, network.backbone),
-            view_outputs(teacher_out, views, geometries, network.backbone),
-            teacher_temp=teacher_temp,
-        )
-        parts = {"global_loss": terms.global_loss, "local_loss": terms.local_loss}
-        return _StepTerms(terms.loss, parts, terms.matches)
-    whole = criterion(
-        [out.global_logits for out in student_out],
-        [out.global_logits for out in teacher_out],
-        teacher_temp=teacher_temp,
-    )
-    return _StepTerms(whole, {"global_loss": whole}, {})
-
-
-def _log(
-    log: RunLog,
-    step: int,
-    terms: _StepTerms,
-    teacher_out: list[NetworkOutput],
-    criterion: nn.Module,
-    teacher_temp: float,
-    lr: float,
-    norm: Tensor,
-) -> None:
-    whole = criterion
-    if isinstance(criterion, GlobalLocalDistillationLoss):
-        whole = criterion.global_loss
-    assert isinstance(whole, GlobalDistillationLoss)
-    with torch.no_grad():
-        logits = [out.global_logits for out in teacher_out]
-        probs = [target.probs() for target in whole.targets(logits, teacher_temp=teacher_temp)]
-        values = {name: float(value) for name, value in terms.values.items()}
-        entropy = mean_entropy(torch.cat(probs))
-    shown = {"loss": float(terms.loss.detach()), **values}
-    if terms.matches:
-        shown["coverage"] = match_coverage(terms.matches)
-    shown["teacher_entropy"] = entropy
-    more = {"lr": lr, "teacher_temp": teacher_temp, "gradient_norm": float(norm)}
-    short = {"global_loss": "global", "local_loss": "local", "teacher_entropy": "entropy"}
-    log.write(step, {**shown, **more}, {short.get(name, name): v for name, v in shown.items()})
-
-
-def _parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
-    """Weight decay for matrices only: on biases, norms and prototype magnitudes it does harm."""
-    trained = [p for p in network.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.dim() > 1], "decays": True},
-        {"params": [p for p in trained if p.dim() <= 1], "decays": False, "weight_decay": 0.0},
-    ]
-
-
-def _set_schedules(
-    optimizer: torch.optim.Optimizer, optim: OptimOptions, step: int, steps: int
-) -> float:
-    lr = schedules.warmup_cosine(
-        step, peak=optim.lr, end=optim.lr_end, warmup=min(optim.warmup, steps), total=steps
-    )
-    decay = schedules.cosine(
-        step, start=optim.weight_decay, end=optim.weight_decay_end, total=steps
-    )
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-        if group["decays"]:
-            group["weight_decay"] = decay
-    return lr
-
-
-class _Stop:
-    asked = False
-
-
-@contextmanager
-def _stop_signal() -> Iterator[_Stop]:
-    """Ctrl-C and SIGTERM end the run at the end of a step; a second one ends it at once."""
-    stop = _Stop()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        stop.asked = True
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-    try:
-        before = {name: signal.signal(name, ask) for name in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread (a notebook's worker): signals are not ours there
-        before = {}
-    try:
-        yield stop
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+    return TrainResult(used, checkpoint, step, step < plan.steps)

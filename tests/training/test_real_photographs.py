@@ -24,12 +24,12 @@ def test_training_on_photographs(tmp_path, capsys):
     out = tmp_path / "run"
     arguments = ["--steps", "3", "--batch_size", str(len(photos) + 1), "--log_every", "1"]
     assert main(["train", "--data", str(folder), "--output", str(out), *arguments]) == 0
-    assert "1 unreadable file(s) were skipped" in capsys.readouterr().err
-    lines = (out / "bad_images.jsonl").read_text().splitlines()  # one of each worker that met it
-    assert {Path(json.loads(line)["path"]).name for line in lines} == {"corrupt.jpg"}
+    assert "some images could not be read" in capsys.readouterr().err
+    lines = (out / "bad_images.jsonl").read_text().splitlines()  # once, whoever met it
+    assert ["corrupt.jpg" in line for line in lines] == [True]
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2, 3]
     assert all(step["coverage"] > 0.5 for step in steps)
     photo, picture = str(photos[0]), str(out / "m.png")
-    assert main(["show", photo, "--output", picture, "--checkpoint", str(out / "last.ckpt")]) == 0
+    assert main(["show", photo, "--output", picture, "--checkpoint", str(out)]) == 0
     assert Path(picture).stat().st_size > 20_000
