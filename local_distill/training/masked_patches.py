@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,9 @@ from local_distill.backbones import TimmBackbone
 from local_distill.errors import ConfigError, ShapeError
 
 __all__ = ["MaskedPatches"]
+
+# How many patches a side a token may be merged from.
+_MERGED = (2, 4, 8, 16)
 
 
 class MaskedPatches(nn.Module):
@@ -59,15 +63,11 @@ class MaskedPatches(nn.Module):
         """Mask these tokens in passes of the backbone within.
 
         Args:
-            valid: (b, n) bool, True where a token is masked.
+            valid: (b, n) bool, True where a token is masked; of a Swin, its last stage's tokens.
         """
 
         def replace(module: nn.Module, given: Any, embedded: Tensor) -> Tensor:
-            if len(valid) == 0:  # an image stands in for an empty batch, see TimmBackbone
-                none = torch.zeros((), dtype=torch.bool, device=embedded.device)
-                return torch.where(none, self.token.to(embedded.dtype), embedded)
-            flags = valid.reshape(*_token_axes(embedded, valid), 1)
-            return torch.where(flags, self.token.to(embedded.dtype), embedded)
+            return torch.where(_spread(valid, embedded), self.token.to(embedded.dtype), embedded)
 
         handle = self._patch_embed[0].register_forward_hook(replace)
         try:
@@ -76,14 +76,24 @@ class MaskedPatches(nn.Module):
             handle.remove()
 
 
-def _token_axes(embedded: Tensor, valid: Tensor) -> tuple[int, ...]:
-    axes = tuple(embedded.shape[:-1])  # (b, n) or (b, rows, cols)
-    count = 1
-    for axis in axes[1:]:
-        count *= axis
-    if valid.dim() != 2 or valid.shape != (axes[0], count):
-        raise ShapeError(
-            f"`valid` has shape {tuple(valid.shape)} but the patch embedding gives {axes[0]} images"
-            f" of {count} tokens: it must be ({axes[0]}, {count}) bool"
-        )
-    return axes
+def _spread(valid: Tensor, embedded: Tensor) -> Tensor:
+    """The tokens' flags for the patches (b, n, 1) or (b, rows, cols, 1) that they are made of.
+
+    A Swin's tokens are merged from 8 × 8 patches: where one is masked, so are all of its patches.
+    """
+    b, *axes, _ = embedded.shape
+    if len(valid) == 0:  # an image stands in for an empty batch, see TimmBackbone
+        return valid.new_zeros(())
+    if valid.dim() == 2 and valid.shape[0] == b:
+        if valid.shape[1] == math.prod(axes):
+            return valid.reshape(b, *axes, 1)
+        for merged in _MERGED if len(axes) == 2 else ():
+            rows, cols = (-(-axis // merged) for axis in axes)  # an odd one is padded, then merged
+            if rows * cols == valid.shape[1]:
+                grid = valid.reshape(b, rows, cols)
+                grid = grid.repeat_interleave(merged, 1).repeat_interleave(merged, 2)
+                return grid[:, : axes[0], : axes[1], None]
+    raise ShapeError(
+        f"`valid` has shape {tuple(valid.shape)} but the patch embedding gives {b} images of "
+        f"{' × '.join(map(str, axes))} patches: it must be ({b}, n) bool with one flag a token"
+    )

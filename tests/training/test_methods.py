@@ -6,14 +6,14 @@ import pytest
 import torch
 from helpers.training_cases import BACKBONE, HEAD, METHODS, small_views, train_small
 
-from local_distill import ConfigError, recipes
+from local_distill import ConfigError, MultiCrop, recipes
 from local_distill.structures import PrototypeLogits, Tokens, ViewOutput
 from local_distill.teacher import EmaTeacher
 from local_distill.training import SyntheticScenes, methods
 from local_distill.training.checkpoints import load_checkpoint
 from local_distill.training.loading import view_loader
 from local_distill.training.methods import Models
-from local_distill.training.options import OptimOptions, TeacherOptions
+from local_distill.training.options import BackboneOptions, OptimOptions, TeacherOptions
 from local_distill.training.progress import Progress
 
 NAMES = sorted(METHODS)
@@ -209,3 +209,29 @@ def test_settings_and_networks_that_cannot_be(tmp_path):
 
     with pytest.raises(ConfigError, match="under the name `backbone`"):
         train_small(tmp_path, method=Nameless(HEAD))
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone", "kwargs"),
+    [
+        ("glsd", "swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1), "embed_dim": 24,
+                                                  "num_heads": (1, 1, 1, 1)}),
+        ("ibot", "swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1), "embed_dim": 24,
+                                                  "num_heads": (1, 1, 1, 1)}),
+        ("densecl", "resnet18", {}),
+        ("pixpro", "resnet18", {}),
+        ("vicregl", "convnext_atto", {"depths": (1, 1, 1, 1)}),
+        ("sdssl_moco", "convnext_atto", {"depths": (1, 1, 1, 1)}),
+        ("esvit", "efficientnet_b0", {}),
+        ("croc", "vit_tiny_patch16_224", {"depth": 2}),
+        ("cribo", "vit_small_patch14_dinov2", {"depth": 1, "embed_dim": 24, "num_heads": 3}),
+    ],
+)  # fmt: skip
+def test_other_backbones(tmp_path, name, backbone, kwargs):
+    local = METHODS[name][1]
+    views = MultiCrop(global_size=64, local_size=56, local_count=min(local, 1))
+    options = BackboneOptions(name=backbone, kwargs=kwargs)
+    train_small(tmp_path, name, steps=1, log_every=1, views=views, images=SyntheticScenes(4, 64),
+                build_backbone=options.build)  # fmt: skip
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert torch.isfinite(torch.tensor(json.loads(line)["loss"]))

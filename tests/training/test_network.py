@@ -70,18 +70,21 @@ def test_a_teacher_does_not_propagate():
         torch.testing.assert_close(a.token_logits, b.token_logits.tanh())
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
-def test_masked_patches_are_not_seen_and_others_are(name):
+@pytest.mark.parametrize(
+    ("name", "small", "cell"),
+    [
+        ("vit_tiny_patch16_224", {"depth": 2}, 16),
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}, 32),
+    ],
+)
+def test_masked_patches_are_not_seen_and_others_are(name, small, cell):
     torch.manual_seed(0)
-    small = {"depth": 2} if name.startswith("vit") else {"depths": (1, 1, 1, 1)}
     model = TimmBackbone(name, **small).eval()
     masked = MaskedPatches(model)
-    patch = 16 if name.startswith("vit") else 4
-    one = torch.randn(2, 3, 64, 64)
+    one = torch.randn(2, 3, 64, 96)
     other = one.clone()
-    side = 64 // patch
-    other[:, :, :patch, :patch] += 1.0  # the first patch alone
-    hidden = torch.zeros(2, side * side, dtype=torch.bool)
+    other[:, :, :cell, :cell] += 1.0  # the first token's patches alone
+    hidden = torch.zeros(2, (64 // cell) * (96 // cell), dtype=torch.bool)
     with torch.no_grad():
         plain = [model(view).patch_tokens for view in (one, other)]
         with masked.hide(hidden):
@@ -89,11 +92,12 @@ def test_masked_patches_are_not_seen_and_others_are(name):
         hidden[:, 0] = True
         with masked.hide(hidden):
             alike = [model(view).patch_tokens for view in (one, other)]
+    assert hidden.shape[1] == plain[0].shape[1]
     assert torch.equal(nothing, plain[0])
     assert not torch.allclose(plain[0], plain[1])
     assert torch.equal(alike[0], alike[1])
     assert not torch.allclose(alike[0], plain[0])
-    with pytest.raises(ShapeError, match=r"`valid` has shape \(2, 3\)"), masked.hide(hidden[:, :3]):
+    with pytest.raises(ShapeError, match=r"`valid` has shape \(2, 5\)"), masked.hide(hidden[:, :5]):
         model(one)
 
 
