@@ -3,6 +3,7 @@
 python docs/pictures/make_study.py [PRESET]
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from benchmarks.study.summary import (  # noqa: E402
     comparisons,
     score_interval,
     scores_by_seed,
+    seeds_done,
 )
 
 COLORS = {
@@ -101,29 +103,6 @@ def differences(study, finals):
     figure.savefig(HERE / "study-differences.png", dpi=120)
 
 
-def matches(study, finals):
-    """How many of the matches that were learned from were true, early and late."""
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    panel = figure.subplots()
-    x = np.arange(len(study.shares))
-    for number, variant in enumerate(study.variants[1:]):
-        for name, style in (("true_early", ":"), ("true_late", "-")):
-            found = [score_interval(study, finals, variant, s, name) for s in study.shares]
-            y = [np.nan if interval is None else interval.mean for interval in found]
-            when = "first fifth" if name == "true_early" else "last fifth"
-            panel.plot(
-                x + 0.03 * number, y, style, marker="o", color=COLORS[variant],
-                label=f"{NAMES[variant]}, {when} of the steps",
-            )  # fmt: skip
-    panel.set_xticks(x, [f"{share:.0%}" for share in study.shares])
-    panel.set_xlabel("share of the scenes")
-    panel.set_ylabel("matches within one cell of the truth")
-    panel.set_ylim(0, 1.05)
-    panel.grid(alpha=0.3)
-    panel.legend(fontsize=7)
-    figure.savefig(HERE / "study-matches.png", dpi=120)
-
-
 def layers(study, finals):
     """Accuracy by layer, and SDSSL's gain by layer at equal seed."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
@@ -152,6 +131,7 @@ def layers(study, finals):
             else "s", markersize=5, capsize=4, label=name, markerfacecolor=None if style == "-"
             else "white",
         )  # fmt: skip
+    curves.set_ylim(bottom=0.3)  # room for the legend
     curves.set_title("accuracy of each block's global token", fontsize=10)
     gains.set_title("every layer taught less last layer alone", fontsize=10)
     gains.axhline(0, color="#555555", linewidth=1)
@@ -175,11 +155,13 @@ def _share_axis(panel, study):
 def main(preset_name="cpu"):
     preset = PRESETS[preset_name]
     records = read_records(ROOT / f"benchmarks/study/results/{preset_name}.jsonl", preset)
-    for name, pictures in (("matching", (scores, differences, matches)), ("layers", (layers,))):
+    for name, pictures in (("matching", (scores, differences)), ("layers", (layers,))):
         study = preset.study(name)
         finals = chosen_finals(study, records)
-        if not finals:
-            print(f"{name}: the tuning is not complete, nothing to draw", file=sys.stderr)
+        done = tuple(share for share in study.shares if seeds_done(study, finals, share) > 1)
+        study = dataclasses.replace(study, shares=done)
+        if not done:
+            print(f"{name}: fewer than two whole seeds, nothing to draw", file=sys.stderr)
             continue
         for picture in pictures:
             picture(study, finals)

@@ -162,7 +162,8 @@ class SeededViews(Dataset[tuple[Any, bool]]):
             other, _ = self.images[key.partner]
         # fork_rng: without workers this is the process whose generator the model draws from
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix_seeds(self.seed, key.epoch, key.image))
+            # the CPU's generator alone: torch.manual_seed would draw the GPU's anew, and is slower
+            torch.default_generator.manual_seed(mix_seeds(self.seed, key.epoch, key.image))
             views, geometries = self.views(image)
             if other is not None:
                 more_views, more_geometries = self.views(other)
