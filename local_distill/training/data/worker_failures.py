@@ -49,10 +49,11 @@ the same settings to go on from there
         message = str(error)
         if not any(part in message for part in _DEAD):
             raise
+        told = message.strip().rstrip(".")
         raise DataError(
-            f"a worker that loads images died: {message.strip()} Likely causes: too little memory "
-            "(lower the number of workers, the batch or `max_pixels`), a full /dev/shm (in a "
-            "container give it more, as with --shm-size), or a decoder that crashed on an image. "
+            f"a worker that loads images died: {told}. Likely causes: too little memory (lower the "
+            "number of workers, the batch or `max_pixels`), a full /dev/shm (in a container give it "
+            "more, as with --shm-size), or a decoder that crashed on an image. "
             "What the last checkpoint holds is not touched: start again with the same settings to "
             "go on from there"
         ) from error
