@@ -52,8 +52,8 @@ the same settings to go on from there
         told = message.strip().rstrip(".")
         raise DataError(
             f"a worker that loads images died: {told}. Likely causes: too little memory (lower the "
-            "number of workers, the batch or `max_pixels`), a full /dev/shm (in a container give it "
-            "more, as with --shm-size), or a decoder that crashed on an image. "
+            "number of workers, the batch or `max_pixels`), a full /dev/shm (in a container give "
+            "it more, as with --shm-size), or a decoder that crashed on an image. "
             "What the last checkpoint holds is not touched: start again with the same settings to "
             "go on from there"
         ) from error
