@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ __all__ = [
     "all_gather_rows",
     "all_gather_with_gradient",
     "all_reduce_sum",
+    "local_part",
     "process_rank",
     "row_counts",
     "world_size",
@@ -56,6 +57,19 @@ def all_reduce_sum(values: Tensor, group: dist.ProcessGroup | None = None) -> Te
     if world_size(group) > 1:
         dist.all_reduce(total, group=group)
     return total
+
+
+def local_part(value: Tensor) -> Tensor:
+    """This process's share of a sharded tensor, which is another name for its memory; or itself.
+
+    Example:
+        >>> value = torch.zeros(2)
+        >>> local_part(value) is value  # not sharded
+        True
+    """
+    # Asked by name: to import DTensor takes as long as all of this package.
+    to_local: Callable[[], Tensor] | None = getattr(value, "to_local", None)
+    return value if to_local is None else to_local()
 
 
 def row_counts(values: Tensor, group: dist.ProcessGroup | None = None) -> list[int]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from local_distill._check import check_fraction
-from local_distill.distributed import all_reduce_sum
+from local_distill.distributed import all_reduce_sum, local_part
 from local_distill.errors import ShapeError
 
 __all__ = ["EmaTeacher"]
@@ -82,9 +81,9 @@ class EmaTeacher(nn.Module):
                 f"differ, the first is `{differing[0]}`: pass the module that was copied, without "
                 "wrappers"
             )
-        sharded = any(_shard(value) is not value for value in own.values())
-        own = {name: _shard(value) for name, value in own.items()}
-        other = {name: _shard(value) for name, value in other.items()}
+        sharded = any(local_part(value) is not value for value in own.values())
+        own = {name: local_part(value) for name, value in own.items()}
+        other = {name: local_part(value) for name, value in other.items()}
         floating = [name for name, value in own.items() if value.is_floating_point()]
         finite = torch.ones((), dtype=torch.bool, device=self.skipped.device)
         for name in floating:
@@ -100,13 +99,6 @@ class EmaTeacher(nn.Module):
             else:
                 value.copy_(new)
         self.skipped.add_((~finite).to(torch.int64))
-
-
-def _shard(value: Tensor) -> Tensor:
-    """This process's share of a sharded tensor, which is another name for its memory."""
-    # Asked by name: to import DTensor takes as long as all of this package.
-    to_local: Callable[[], Tensor] | None = getattr(value, "to_local", None)
-    return value if to_local is None else to_local()
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +13,7 @@ from local_distill.errors import DataError
 from local_distill.training.checkpoints import load_checkpoint
 from local_distill.training.options import BackboneOptions
 
-__all__ = ["load_backbone"]
+__all__ = ["backbone_weights", "load_backbone"]
 
 
 def load_backbone(
@@ -50,16 +53,29 @@ def load_backbone(
     network = BackboneOptions(**{**options, "pretrained": False}).build(
         layers=layers, patch_layers=patch_layers
     )
-    network.load_state_dict(_backbone_weights(state))
+    network.load_state_dict(backbone_weights(state))
     return network
 
 
-def _backbone_weights(state: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    part, prefix = ("network", "backbone.")
-    if state["teacher"] is not None:
-        part, prefix = ("teacher", "module.backbone.")
+def backbone_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state of the backbone to use: the teacher's, or the network's where there is no teacher.
+
+    Args:
+        state: of a run, as a checkpoint holds it.
+
+    Returns:
+        By the names that `TimmBackbone` has for them; empty where there is no backbone.
+
+    Example:
+        >>> state = {"network": {"backbone.model.a": torch.ones(1), "head.b": 0}, "teacher": None}
+        >>> backbone_weights(state)
+        {'model.a': tensor([1.])}
+    """
+    part, prefix = "network", "backbone."
+    if state.get("teacher") is not None:
+        part, prefix = "teacher", "module.backbone."
     return {
         name.removeprefix(prefix): value
-        for name, value in state[part].items()
+        for name, value in (state.get(part) or {}).items()
         if name.startswith(prefix)
     }

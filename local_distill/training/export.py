@@ -12,6 +12,7 @@ from torch import Tensor
 
 from local_distill.backbones import _ANY_SIZE, tiny_vit
 from local_distill.errors import ConfigError, DataError, require_extra
+from local_distill.training.backbone_loading import backbone_weights
 from local_distill.training.checkpoint_files import CheckpointWriteError, put, write_aside
 from local_distill.training.checkpoints import load_checkpoint
 
@@ -88,19 +89,18 @@ def _backbone_weights(
     state: dict[str, Any], checkpoint: str | os.PathLike[str]
 ) -> dict[str, Tensor]:
     """The bare timm model's names; each tensor its own memory, as safetensors wants it."""
-    part, prefix = "teacher", "module.backbone.model."
-    if state.get("teacher") is None:
-        part, prefix = "network", "backbone.model."
-    saved: dict[str, Tensor] = state.get(part) or {}
+    prefix = "model."
     weights = {
         name.removeprefix(prefix): tensor.detach().clone().contiguous()
-        for name, tensor in saved.items()
+        for name, tensor in backbone_weights(state).items()
         if name.startswith(prefix)
     }
     if not weights:
+        part = "network" if state.get("teacher") is None else "teacher"
+        prefix = {"network": "backbone.model.", "teacher": "module.backbone.model."}[part]
         raise DataError(
             f"`checkpoint` {str(checkpoint)!r} has no backbone: wanted names that start with "
-            f"{prefix!r} in its {part!r}, got {sorted(saved)[:3]}"
+            f"{prefix!r} in its {part!r}, got {sorted(state.get(part) or {})[:3]}"
         )
     return weights
 

@@ -10,10 +10,10 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from local_distill.distributed import local_part
 from local_distill.errors import ConfigError, require_extra
 from local_distill.training.options import OptimOptions
 from local_distill.training.progress import Progress
-from local_distill.training.sharding import local_part
 
 __all__ = ["build_optimizer", "clip_gradients", "set_schedules"]
 

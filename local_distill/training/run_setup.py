@@ -13,6 +13,7 @@ from torch import nn
 from local_distill.backbones import TimmBackbone
 from local_distill.errors import ConfigError, require_extra
 from local_distill.teacher import EmaTeacher
+from local_distill.training.backbone_loading import backbone_weights
 from local_distill.training.methods.method import Method, Models
 from local_distill.training.optimizer import build_optimizer
 from local_distill.training.options import OptimOptions
@@ -54,10 +55,7 @@ class RunModules(NamedTuple):
         teacher = self.models.teacher
         if self.whole is None:
             return backbone_of(self.network if teacher is None else teacher.module)
-        name, prefix = ("network", "") if teacher is None else ("teacher", "module.")
-        prefix += "backbone."
-        own = {k.removeprefix(prefix): v for k, v in state[name].items() if k.startswith(prefix)}
-        self.whole.load_state_dict(own)
+        self.whole.load_state_dict(backbone_weights(state))
         return self.whole
 
 

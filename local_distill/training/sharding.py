@@ -14,14 +14,13 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from local_distill.distributed import all_reduce_sum, world_size
+from local_distill.distributed import all_reduce_sum, local_part, world_size
 from local_distill.heads import ProjectionHead
 
 __all__ = [
     "ShardedStrategy",
     "can_shard",
     "device_mesh",
-    "local_part",
     "shard",
     "sharded_blocks",
     "whole_parameters",
@@ -147,12 +146,6 @@ def device_mesh(fabric: Fabric) -> DeviceMesh | None:
     """The processes that parameters are sharded over, or None where they are not."""
     strategy = fabric.strategy
     return strategy.mesh if isinstance(strategy, ShardedStrategy) else None
-
-
-def local_part(value: Tensor) -> Tensor:
-    """This process's share of a sharded tensor, which is another name for its memory; or itself."""
-    to_local = getattr(value, "to_local", None)
-    return value if to_local is None else to_local()
 
 
 def _squares(tensors: list[Tensor], device: torch.device) -> Tensor:

@@ -193,12 +193,12 @@ def measure_case(folder, *, run, method, ranks=1, strategy="auto", optim="adamw"
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    from local_distill.distributed import local_part
     from local_distill.training.loading import ViewBatch
     from local_distill.training.options import BackboneOptions, OptimOptions
     from local_distill.training.processes import make_fabric
     from local_distill.training.progress import Progress
     from local_distill.training.run_setup import set_up
-    from local_distill.training.sharding import local_part
 
     class Sent(TorchDispatchMode):
         """Of each collective what a ring algorithm sends; not of scalars."""

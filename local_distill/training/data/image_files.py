@@ -10,8 +10,7 @@ from typing import Any
 
 from local_distill.errors import DataError, require_extra
 from local_distill.training.data.decoding import DEFAULT_LIMITS, ImageLimits
-from local_distill.training.data.image_source import ImageSource
-from local_distill.training.data.packed_names import PackedNames
+from local_distill.training.data.named_files import NamedFiles
 
 __all__ = ["IMAGE_SUFFIXES", "ImageFiles", "has_images"]
 
@@ -24,7 +23,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 
-class ImageFiles(ImageSource):
+class ImageFiles(NamedFiles):
     """The images below a folder, labelled by class folder where there are some.
 
     If all images lie in sub-folders, each sub-folder is a class, in sorted order, as in
@@ -89,25 +88,13 @@ class ImageFiles(ImageSource):
             )
         number = {name: i for i, name in enumerate(classes)}
         labels = [number[top] for top in tops] if classes else [0] * len(names)
-        self._names = PackedNames(names)
         super().__init__(
-            *(labels, classes),
+            *(self.root, names, labels, classes),
             transform=transform,
             report=report,
             most_bad=most_bad,
             limits=limits,
         )
-
-    @property
-    def paths(self) -> list[Path]:
-        """The files, made anew with each call."""
-        return [Path(name) for name in self.names]
-
-    def _source(self, number: int) -> str:
-        return self._name(number)
-
-    def _name(self, number: int) -> str:
-        return os.path.join(self.root, self._names[number])
 
 
 def has_images(folder: str | os.PathLike[str]) -> bool:

@@ -11,8 +11,7 @@ from typing import Any
 
 from local_distill.errors import DataError, require_extra
 from local_distill.training.data.decoding import DEFAULT_LIMITS, ImageLimits
-from local_distill.training.data.image_source import ImageSource
-from local_distill.training.data.packed_names import PackedNames
+from local_distill.training.data.named_files import NamedFiles
 
 __all__ = ["LIST_SUFFIXES", "ImageList"]
 
@@ -22,7 +21,7 @@ _PATH_KEYS = ("path", "image", "file", "file_name", "filename")
 _Row = tuple[int, str, str | None]
 
 
-class ImageList(ImageSource):
+class ImageList(NamedFiles):
     r"""The images of a list, with labels where the list has them.
 
     Convention: paths are relative to the list's folder. UTF-8; bytes that are not survive.
@@ -81,25 +80,13 @@ class ImageList(ImageSource):
         if not rows:
             raise DataError(f"the list {str(self.path)!r} names no image")
         labels, classes = _labels(self.path, rows)
-        self._names = PackedNames(name for _, name, _ in rows)
         super().__init__(
-            *(labels, classes),
+            *(self.path.parent, (name for _, name, _ in rows), labels, classes),
             transform=transform,
             report=report,
             most_bad=most_bad,
             limits=limits,
         )
-
-    @property
-    def paths(self) -> list[Path]:
-        """The files, made anew with each call."""
-        return [Path(name) for name in self.names]
-
-    def _source(self, number: int) -> str:
-        return self._name(number)
-
-    def _name(self, number: int) -> str:
-        return os.path.join(self.path.parent, self._names[number])
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

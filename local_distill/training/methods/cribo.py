@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from torch import nn
 
 from local_distill.backbones import TimmBackbone
-from local_distill.heads import ProjectionHead
 from local_distill.recipes.cribo import cribo
 from local_distill.structures import Tokens, ViewOutput
 from local_distill.training.cluster_network import ClusterNetwork
@@ -53,7 +51,7 @@ class Cribo(Dino):
 
     def build(self, backbone: TimmBackbone, num_images: int) -> tuple[nn.Module, nn.Module]:
         """See `Method.build`."""
-        clusters = ProjectionHead(backbone.embed_dim, **dataclasses.asdict(self.cluster_head))
+        clusters = self._head(backbone, self.cluster_head)
         loss = cribo(
             backbone.embed_dim,
             self.head.num_prototypes,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from local_distill.heads import ProjectionHead
 from local_distill.recipes.croc import CrocView, croc
 from local_distill.structures import CropGeometry, Tokens
 from local_distill.training.attention_keys import AttentionKeys
+from local_distill.training.cluster_network import ClusterNetwork
 from local_distill.training.loading import ViewBatch
 from local_distill.training.methods.dino import Dino
 from local_distill.training.methods.method import Models, StepTerms
@@ -41,25 +41,20 @@ class CrocOutput(NamedTuple):
     cls_keys: Tensor
 
 
-class CrocNetwork(nn.Module):
-    """A ViT with a head for whole views and one for clusters, which the loss calls itself.
-
-    Args:
-        backbone: a ViT with a class token.
-        global_head: (b, d) → (b, c).
-        cluster_head: (b, k, d) → (b, k, c').
-    """
+class CrocNetwork(ClusterNetwork):
+    """`ClusterNetwork` of a ViT with a class token, which also gives its last attention's keys."""
 
     def __init__(
         self, backbone: TimmBackbone, global_head: ProjectionHead, cluster_head: ProjectionHead
     ) -> None:
-        super().__init__()
-        self.backbone, self.global_head = backbone, global_head
-        self.cluster_head = cluster_head
+        super().__init__(backbone, global_head, cluster_head)
         self.attention_keys = AttentionKeys(backbone)
 
-    def forward(self, views: Sequence[Tensor]) -> list[CrocOutput]:
+    def forward(  # type: ignore[override] # it says more of a view
+        self, views: Sequence[Tensor]
+    ) -> list[CrocOutput]:
         """Map views (b, 3, h_v, w_v) to one `CrocOutput` each."""
+        assert self.global_head is not None
         outputs = []
         for view in views:
             with self.attention_keys.watch() as seen:
@@ -67,11 +62,6 @@ class CrocNetwork(nn.Module):
             patches, whole = self.attention_keys.split(seen[-1])
             outputs.append(CrocOutput(self.global_head(out.global_token), out, patches, whole))
         return outputs
-
-    def prototypes(self) -> list[nn.Parameter]:
-        """The parameters that stand still where the last layers are frozen."""
-        heads = (self.global_head, self.cluster_head)
-        return [parameter for head in heads for parameter in head.prototypes.parameters()]
 
 
 class Croc(Dino):
@@ -104,7 +94,7 @@ class Croc(Dino):
 
     def build(self, backbone: TimmBackbone, num_images: int) -> tuple[nn.Module, nn.Module]:
         """See `Method.build`."""
-        clusters = ProjectionHead(backbone.embed_dim, **dataclasses.asdict(self.cluster_head))
+        clusters = self._head(backbone, self.cluster_head)
         loss = croc(
             self.head.num_prototypes,
             self.cluster_head.num_prototypes,

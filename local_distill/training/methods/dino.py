@@ -59,8 +59,9 @@ class Dino(Method):
         values["teacher_temp"] = temp
         return StepTerms(terms.loss, values, terms.matches, targets, features)
 
-    def _head(self, backbone: TimmBackbone) -> ProjectionHead:
-        return ProjectionHead(backbone.embed_dim, **dataclasses.asdict(self.head))
+    def _head(self, backbone: TimmBackbone, options: HeadOptions | None = None) -> ProjectionHead:
+        settings = self.head if options is None else options
+        return ProjectionHead(backbone.embed_dim, **dataclasses.asdict(settings))
 
     def _teacher_temp(self, now: Progress) -> float:
         temps = self.temps

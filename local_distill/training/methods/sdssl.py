@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,16 @@ class _SdsslMethod(Method):
     def _recipe(self, backbone: TimmBackbone) -> Sdssl:
         raise NotImplementedError
 
+    def _sizes(self, backbone: TimmBackbone) -> dict[str, Any]:
+        """What all three recipes are told of the heads."""
+        return {
+            "depth": len(backbone.layer_dims),
+            "embed_dim": backbone.layer_dims,
+            "hidden_dim": self.hidden_dim,
+            "last_hidden_dim": self.last_hidden_dim,
+            "out_dim": self.out_dim,
+        }
+
     def build(self, backbone: TimmBackbone, num_images: int) -> tuple[nn.Module, nn.Module]:
         """See `Method.build`."""
         recipe = self._recipe(backbone)
@@ -120,11 +131,7 @@ class SdsslMoco(_SdsslMethod):
 
     def _recipe(self, backbone: TimmBackbone) -> Sdssl:
         return sdssl_moco(
-            len(backbone.layer_dims),
-            embed_dim=backbone.layer_dims,
-            hidden_dim=self.hidden_dim,
-            last_hidden_dim=self.last_hidden_dim,
-            out_dim=self.out_dim,
+            **self._sizes(backbone),
             temp=self.temp,
         )
 
@@ -154,11 +161,7 @@ class SdsslByol(_SdsslMethod):
 
     def _recipe(self, backbone: TimmBackbone) -> Sdssl:
         return sdssl_byol(
-            len(backbone.layer_dims),
-            embed_dim=backbone.layer_dims,
-            hidden_dim=self.hidden_dim,
-            last_hidden_dim=self.last_hidden_dim,
-            out_dim=self.out_dim,
+            **self._sizes(backbone),
         )
 
 
@@ -188,10 +191,6 @@ class SdsslSimclr(_SdsslMethod):
 
     def _recipe(self, backbone: TimmBackbone) -> Sdssl:
         return sdssl_simclr(
-            len(backbone.layer_dims),
-            embed_dim=backbone.layer_dims,
-            hidden_dim=self.hidden_dim,
-            last_hidden_dim=self.last_hidden_dim,
-            out_dim=self.out_dim,
+            **self._sizes(backbone),
             temp=self.temp,
         )
