@@ -10,13 +10,12 @@ import torch
 import yaml
 
 from local_distill.errors import ConfigError, DataError
-from local_distill.matching import NearestMatcher, SimilarityMatcher, match_views
-from local_distill.structures import Matcher, Tokens
 from local_distill.training.backbone_loading import load_backbone
 from local_distill.training.checkpoints import CheckpointStore
 from local_distill.training.data.decoding import decode_image
 from local_distill.training.data.open_images import open_images
 from local_distill.training.demo_method import demo_method
+from local_distill.training.match_picture import match_picture
 from local_distill.training.methods.method import Method
 from local_distill.training.options import (
     BackboneOptions,
@@ -31,7 +30,6 @@ from local_distill.training.trainer import TrainResult
 from local_distill.training.trainer import train as run_training
 from local_distill.training.views import DemoCrop
 from local_distill.transforms.multi_crop import MultiCrop
-from local_distill.viz import denormalize, match_figure
 
 __all__ = ["show", "train", "write_config"]
 
@@ -195,30 +193,13 @@ def show(
     source = SyntheticScenes(1, seed=seed)[0][0] if image == "scenes" else _one_image(image)
     network = load_backbone(checkpoint, backbone, seed).eval()
     torch.manual_seed(seed)
-    pictures, geometries = views(source)
-    tokens = []
-    for picture, geometry in zip(pictures, geometries, strict=True):
-        with torch.inference_mode():
-            features = network(picture[None]).patch_tokens
-        grid = network.token_grid((int(picture.shape[-2]), int(picture.shape[-1])))
-        batched = type(geometry)(*(part[None] for part in geometry))
-        tokens.append(Tokens(features, batched, grid))
-    teacher = tokens[: views.num_global]
-    matchers: dict[str, Matcher] = {
-        "geometric": NearestMatcher(max_distance),
-        "similarity": SimilarityMatcher(),
-    }
-    named = {name: match_views(matcher, tokens, teacher) for name, matcher in matchers.items()}
-    plain = list(pictures)
-    if views.normalize is not None:
-        plain = [denormalize(picture, *views.normalize) for picture in plain]
-    figure = match_figure(
+    figure = match_picture(
+        network,
         source,
-        plain,
-        geometries,
-        [token.grid for token in tokens if token.grid is not None],
-        named,
-        cost_labels={"geometric": "distance / cell diagonal", "similarity": "1 − cosine"},
+        *views(source),
+        views.num_global,
+        normalize=views.normalize,
+        max_distance=max_distance,
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(str(target), dpi=110)

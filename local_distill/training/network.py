@@ -138,6 +138,8 @@ def view_outputs(
     geometries: Sequence[CropGeometry],
     sizes: Sequence[tuple[int, int]],
     backbone: TimmBackbone,
+    *,
+    learned: bool = False,
 ) -> list[ViewOutput]:
     """Join what the network said with where the views lie, as the losses take it.
 
@@ -146,10 +148,12 @@ def view_outputs(
         geometries: of at least as many views.
         sizes: (height, width) of as many views, in pixels.
         backbone: knows where its tokens lie.
+        learned: keep the patch tokens' graph, where what is pooled from them is what learns.
     """
     joined = []
     for output, geometry, size in zip(outputs, geometries, sizes, strict=False):
-        tokens = Tokens(output.patch_tokens.detach(), geometry, backbone.token_grid(size))
+        features = output.patch_tokens if learned else output.patch_tokens.detach()
+        tokens = Tokens(features, geometry, backbone.token_grid(size))
         joined.append(ViewOutput(output.global_logits, output.token_logits, tokens))
     return joined
 

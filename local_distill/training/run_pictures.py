@@ -18,18 +18,16 @@ from torch.utils.data import Dataset
 from local_distill._check import check_at_least
 from local_distill.backbones import TimmBackbone
 from local_distill.errors import ConfigError, DataError, ShapeError
-from local_distill.matching import NearestMatcher, SimilarityMatcher, match_views
-from local_distill.structures import CropGeometry, Matcher, Tokens
+from local_distill.structures import CropGeometry
+from local_distill.training.match_picture import match_picture, patch_tokens
 from local_distill.training.views import eval_transform
 from local_distill.transforms.multi_crop import IMAGENET_MEAN, IMAGENET_STD
 from local_distill.viz.figures import denormalize
-from local_distill.viz.match_figure import match_figure
 from local_distill.viz.principal_colors import principal_figure
 
 __all__ = ["RunPictures"]
 
 _log = logging.getLogger(__name__)
-_COST_LABELS = {"geometric": "distance / cell diagonal", "similarity": "1 − cosine"}
 
 
 class RunPictures:
@@ -122,38 +120,16 @@ class RunPictures:
         return written
 
     def _matches(self, backbone: TimmBackbone, step: int) -> Any:
-        tokens, grids = [], []
-        for view, geometry in zip(self._views, self._geometries, strict=True):
-            grid = backbone.token_grid((int(view.shape[-2]), int(view.shape[-1])))
-            batched = CropGeometry(*(part[None] for part in geometry))
-            tokens.append(Tokens(_patch_tokens(backbone, view[None]), batched, grid))
-            grids.append(grid)
-        matchers: dict[str, Matcher] = {
-            "geometric": NearestMatcher(),
-            "similarity": SimilarityMatcher(),
-        }
-        named = {
-            name: match_views(matcher, tokens, tokens[: self.num_global])
-            for name, matcher in matchers.items()
-        }
-        figure = match_figure(
+        figure = match_picture(
+            backbone,
             self._sources[0],
-            [self._plain(view) for view in self._views],
+            self._views,
             self._geometries,
-            grids,
-            named,
-            cost_labels=_COST_LABELS,
+            self.num_global,
+            normalize=self._normalize,
         )
         figure.suptitle(f"step {step}", fontsize=11)
         return figure
-
-    def _plain(self, view: Tensor) -> Tensor:
-        if self._normalize is not None:
-            return denormalize(view, *self._normalize)
-        low, high = float(view.min()), float(view.max())
-        if low >= 0 and high <= 1:
-            return view
-        return (view - low) / (high - low)  # normalised by these views, which do not say how
 
     def _tokens(self, backbone: TimmBackbone, step: int) -> Any:
         for size in self._token_sizes:
@@ -166,18 +142,12 @@ class RunPictures:
             break
         transform = eval_transform(size)
         images = torch.stack([transform(source) for source in self._sources])
-        features = _patch_tokens(backbone, images)
+        features = patch_tokens(backbone, images)
         figure = principal_figure(
             list(denormalize(images, IMAGENET_MEAN, IMAGENET_STD)), features, [grid] * len(images)
         )
         figure.suptitle(f"step {step}", fontsize=11)
         return figure
-
-
-def _patch_tokens(backbone: TimmBackbone, images: Tensor) -> Tensor:
-    like = next(backbone.parameters())
-    tokens: Tensor = backbone(images.to(like)).patch_tokens
-    return tokens.float().cpu()
 
 
 def _write(figure: Any, path: Path) -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from local_distill.backbones import TimmBackbone
 from local_distill.recipes.cribo import cribo
-from local_distill.structures import Tokens, ViewOutput
 from local_distill.training.cluster_network import ClusterNetwork
 from local_distill.training.loading import ViewBatch
 from local_distill.training.methods.dino import Dino
 from local_distill.training.methods.method import Models, StepTerms
-from local_distill.training.methods.two_sides import global_targets, unwrapped, view_sizes
-from local_distill.training.network import NetworkOutput
+from local_distill.training.methods.two_sides import global_targets, join_sides, unwrapped
 from local_distill.training.options import HeadOptions, TemperatureOptions
 from local_distill.training.progress import Progress
 
@@ -72,8 +68,7 @@ class Cribo(Dino):
         temp = self._teacher_temp(now)
         targets = global_targets(models, [view.global_logits for view in teachers], temp)
         terms = models.criterion(
-            _views(models.student(batch.views), batch, models.backbone),
-            _views(teachers, batch, models.backbone),
+            *join_sides(models, batch, models.student(batch.views), teachers, learned=True),
             student_head=unwrapped(models.student).cluster_head,
             teacher_head=models.teacher.module.cluster_head,
             teacher_temp=temp,
@@ -88,19 +83,3 @@ class Cribo(Dino):
         }
         features = [view.global_token for view in teachers]
         return StepTerms(terms.loss, values, {}, targets, features)
-
-
-def _views(
-    outputs: Sequence[NetworkOutput], batch: ViewBatch, backbone: TimmBackbone
-) -> list[ViewOutput]:
-    """With the patch tokens' graph: what is pooled from them is what learns."""
-    return [
-        ViewOutput(
-            output.global_logits,
-            None,
-            Tokens(output.patch_tokens, geometry, backbone.token_grid(size)),
-        )
-        for output, geometry, size in zip(
-            outputs, batch.geometries, view_sizes(batch.views), strict=True
-        )
-    ]

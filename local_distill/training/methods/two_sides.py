@@ -42,12 +42,15 @@ def join_sides(
     batch: ViewBatch,
     students: Sequence[NetworkOutput],
     teachers: Sequence[NetworkOutput],
+    *,
+    learned: bool = False,
 ) -> tuple[list[ViewOutput], list[ViewOutput]]:
-    """What both networks said, with where the views lie."""
+    """What both networks said, with where the views lie; ``learned`` as in `view_outputs`."""
     sizes = view_sizes(batch.views)
+    geometries, backbone = batch.geometries, models.backbone
     return (
-        view_outputs(students, batch.geometries, sizes, models.backbone),
-        view_outputs(teachers, batch.geometries, sizes, models.backbone),
+        view_outputs(students, geometries, sizes, backbone, learned=learned),
+        view_outputs(teachers, geometries, sizes, backbone, learned=learned),
     )
 
 
