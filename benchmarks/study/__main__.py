@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.study.page import update_page
-from benchmarks.study.pieces import final_pieces, tasks_of, tuning_pieces
+from benchmarks.study.pieces import final_pieces, tasks_of
 from benchmarks.study.presets import PRESETS
 from benchmarks.study.results_file import read_records
 from benchmarks.study.running import run_tasks
 from benchmarks.study.settings import Preset
 from benchmarks.study.tables import all_tables, preset_tables
-from benchmarks.study.tuning import choices
+from benchmarks.study.tuning import choices, is_tuned, tuning_pieces
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -32,13 +32,15 @@ def run_study(preset: Preset, results: Path, *, jobs: int = 2, until: float | No
     Returns:
         Whether all of it is there.
     """
-    tuning = [piece for study in preset.studies for piece in tuning_pieces(study)]
-    run_tasks(
-        preset, tasks_of(preset, tuning), results, jobs=jobs, description="tuning", until=until
-    )
     there = read_records(results, preset)
-    if not there.keys() >= set(tuning):
-        return False
+    while not all(is_tuned(study, there) for study in preset.studies):
+        tuning = [piece for study in preset.studies for piece in tuning_pieces(study, there)]
+        run_tasks(
+            preset, tasks_of(preset, tuning), results, jobs=jobs, description="tuning", until=until
+        )
+        there = read_records(results, preset)
+        if not there.keys() >= set(tuning):
+            return False
     finals = []
     for study in preset.studies:
         chosen = {key: (best.lr, best.temp) for key, best in choices(study, there).items()}

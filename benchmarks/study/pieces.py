@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.study.settings import Preset, Study
 
-__all__ = ["UNTRAINED", "Piece", "final_pieces", "tasks_of", "tuning_pieces"]
+__all__ = ["UNTRAINED", "Piece", "final_pieces", "tasks_of"]
 
 # A backbone with the weights that training starts from: the level that has to be beaten.
 UNTRAINED = "untrained"
@@ -41,23 +41,6 @@ class Piece(NamedTuple):
         return cls(*(record[field] for field in cls._fields))
 
 
-def tuning_pieces(study: Study) -> list[Piece]:
-    """Every variant with every setting, at each share and seed that is tuned on.
-
-    Example:
-        >>> from benchmarks.study.presets import PRESETS
-        >>> study = PRESETS["smoke"].study("matching")
-        >>> len(tuning_pieces(study)) == len(study.variants) * len(study.tried)
-        True
-    """
-    return [
-        Piece(study.name, "tune", variant, share, seed, lr, temp)
-        for (share, seed), (lr, temp), variant in itertools.product(
-            study.tuned_on, study.tried, study.variants
-        )
-    ]
-
-
 def final_pieces(study: Study, chosen: Mapping[str, tuple[float, float]]) -> list[Piece]:
     """Every variant at every share with every seed, seed by seed, and the untrained backbone.
 
@@ -80,8 +63,8 @@ def tasks_of(preset: Preset, pieces: Iterable[Piece]) -> list[list[Piece]]:
     """Pieces that share their views together, in the order in which they are to be run.
 
     Tuning is cut by what is tried as well, so that several processes can share it; finals go seed
-    by seed over all studies, first at the smallest and the largest share, then at those between, so
-    that what is there after a while are whole seeds of what tells most.
+    by seed over all studies, first at the smallest and the largest share, then at each of those
+    between, so that what is there after a while are whole seeds of what tells most.
     """
     order = [study.name for study in preset.studies]
 
@@ -91,7 +74,7 @@ def tasks_of(preset: Preset, pieces: Iterable[Piece]) -> list[list[Piece]]:
         # the untrained backbone goes with its seed's first share
         study = preset.study(piece.study)
         share = piece.share or study.shares[0]
-        between = min(study.shares) < share < max(study.shares)
+        between = share if min(study.shares) < share < max(study.shares) else 0.0
         return 1, between, study.seeds.index(piece.seed), order.index(piece.study), share
 
     ordered = sorted(pieces, key=key)

@@ -39,25 +39,26 @@ _CPU_RECIPE = Recipe(
     },
     views=_VIEWS,
     head={"num_prototypes": 128, "hidden_dim": 128, "bottleneck_dim": 32},
-    steps=300,
+    steps=1000,
     batch_size=32,
-    optim={"kwargs": {"fused": True}, "warmup": 40},
+    optim={"kwargs": {"fused": True}, "warmup": 100},
     teacher={"momentum": 0.97},
 )
 _CPU_MATCHING = Study(
     name="matching",
     variants=MATCHING,
     # Smaller heads and a faster teacher collapse with every other seed, without a local loss at all
-    # settings: see "Tried first" in docs/training/study.md.
+    # settings: see "Rounds before" in docs/training/study.md.
     recipe=dataclasses.replace(
         _CPU_RECIPE,
         head={"num_prototypes": 256, "hidden_dim": 256, "bottleneck_dim": 64},
         teacher={"momentum": 0.99},
     ),
-    shares=(0.01, 0.1, 1.0),
+    shares=(0.01, 0.1, 0.5, 1.0),
     seeds=(0, 1, 2, 3, 4),
-    # A cross: the learning rate at one temperature, then the temperature at one rate.
-    tried=((3e-3, 0.02), (6e-3, 0.02), (1.2e-2, 0.02), (6e-3, 0.01), (6e-3, 0.04)),
+    rates=(3e-3, 6e-3, 1.2e-2),
+    temps=(0.02, 0.04),
+    extensions=3,
     tuned_on=((0.01, 101), (1.0, 104)),
     criterion=("knn", "miou"),
 )
@@ -72,7 +73,9 @@ _CPU_LAYERS = Study(
     ),
     shares=(1.0,),
     seeds=(0, 1, 2, 3, 4),
-    tried=((1.5e-3, 0.2), (3e-3, 0.2), (6e-3, 0.2), (1.2e-2, 0.2)),
+    rates=(1.5e-3, 3e-3, 6e-3),
+    temps=(0.2, 0.1, 0.4),
+    extensions=3,
     tuned_on=((1.0, 100),),
     criterion=("knn",),
 )
@@ -88,7 +91,7 @@ _CPU = Preset(
 def _smoke() -> Preset:
     """The CPU's with next to nothing of everything."""
     tiny = {"img_size": 16, "patch_size": 8, "width": 16, "depth": 2, "num_heads": 2}
-    few = {"shares": (0.25, 1.0), "seeds": (0, 1), "tuned_on": ((1.0, 100),)}
+    few = {"shares": (0.25, 1.0), "seeds": (0, 1), "tuned_on": ((1.0, 100),), "extensions": 0}
     studies = []
     for study in (_CPU_MATCHING, _CPU_LAYERS):
         views = {**study.recipe.views, "global_size": 16}
@@ -102,7 +105,8 @@ def _smoke() -> Preset:
             batch_size=8,
             optim={"warmup": 1},
         )
-        studies.append(dataclasses.replace(study, recipe=recipe, tried=study.tried[:2], **few))
+        few.update(rates=study.rates[:2], temps=study.temps[:1])
+        studies.append(dataclasses.replace(study, recipe=recipe, **few))
     return Preset(
         name="smoke",
         scenes=32,
@@ -138,12 +142,13 @@ def _gpu() -> Preset:
             dataclasses.replace(
                 _CPU_MATCHING,
                 recipe=recipe,
-                tried=((5e-4, 0.04), (1e-3, 0.04), (2e-3, 0.04), (1e-3, 0.02), (1e-3, 0.07)),
+                rates=(5e-4, 1e-3, 2e-3),
+                temps=(0.04, 0.02),
             ),
             dataclasses.replace(
                 _CPU_LAYERS,
                 recipe=dataclasses.replace(recipe, views=pairs, head=layer_head),
-                tried=((5e-4, 0.2), (1e-3, 0.2), (2e-3, 0.2)),
+                rates=(5e-4, 1e-3, 2e-3),
             ),
         ),
         workers=12,

@@ -26,8 +26,8 @@ __all__ = ["run_piece", "scenes_of"]
 
 # Seeds of scenes to learn from: each piece's seed has scenes of its own, far from the tested ones.
 _FIRST_SCENES = 1000
-# Samples whose views are kept: half a gigabyte at the CPU's sizes.
-_MOST_KEPT = 20_000
+# Samples whose views are kept, of so many shares and seeds: 0.8 GB each at the CPU's sizes.
+_MOST_KEPT, _MOST_DRAWN = 32_000, 2
 _KEPT: dict[tuple[Any, ...], tuple[list[Any], SharedViews]] = {}
 
 
@@ -117,7 +117,8 @@ def _drawn(preset: Preset, piece: Piece) -> tuple[list[Any], SharedViews]:
     name = preset.fingerprint(study), piece.study, piece.share, piece.seed
     if name not in _KEPT:
         scenes = scenes_of(preset, piece)
-        _KEPT.clear()  # of one alone: they are some hundred megabytes
+        while len(_KEPT) >= _MOST_DRAWN:
+            del _KEPT[next(iter(_KEPT))]  # the first that was drawn
         views = SharedViews(
             MultiCrop(**study.recipe.views), most=0 if preset.workers else _MOST_KEPT
         )

@@ -46,7 +46,10 @@ class Study:
         recipe: what they have in common.
         shares: shares of the scenes to learn from.
         seeds: of weights, order, augmentations and scenes.
-        tried: learning rates, each with a temperature: the teacher's, or that of the contrast.
+        rates: learning rates to begin with, rising, each tried at the first temperature.
+        temps: temperatures, the teacher's or that of the contrast; tried at the best rate.
+        extensions: while the best of them is the largest or the smallest, twice or half of it is
+            tried as well, so many times at most.
         tuned_on: share and seed of each tuning run of a setting; seeds other than the final.
         criterion: the measures whose mean, on validation scenes, chooses.
     """
@@ -56,7 +59,9 @@ class Study:
     recipe: Recipe
     shares: tuple[float, ...]
     seeds: tuple[int, ...]
-    tried: tuple[tuple[float, float], ...]
+    rates: tuple[float, ...]
+    temps: tuple[float, ...]
+    extensions: int
     tuned_on: tuple[tuple[float, int], ...]
     criterion: tuple[str, ...]
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.study.intervals import Interval, holm, mean_interval, paired_difference
-from benchmarks.study.pieces import UNTRAINED, Piece, final_pieces, tuning_pieces
+from benchmarks.study.pieces import UNTRAINED, Piece, final_pieces
 from benchmarks.study.settings import Study
-from benchmarks.study.tuning import choices
+from benchmarks.study.tuning import choices, is_tuned
 
 __all__ = [
     "Comparison",
@@ -42,7 +42,7 @@ class Comparison(NamedTuple):
 
 def chosen_finals(study: Study, records: Records) -> dict[Piece, Mapping[str, Any]]:
     """The final pieces with the settings that tuning chose; none before it is complete."""
-    if not records.keys() >= set(tuning_pieces(study)):
+    if not is_tuned(study, records):
         return {}
     chosen = {key: (best.lr, best.temp) for key, best in choices(study, records).items()}
     return {piece: records[piece] for piece in final_pieces(study, chosen) if piece in records}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.study.intervals import Interval, mean_interval
-from benchmarks.study.pieces import UNTRAINED, Piece, tuning_pieces
+from benchmarks.study.pieces import UNTRAINED, Piece
 from benchmarks.study.scoring import MEASURES
 from benchmarks.study.settings import Preset, Study
 from benchmarks.study.summary import (
@@ -17,7 +17,7 @@ from benchmarks.study.summary import (
     scores_by_seed,
     seeds_done,
 )
-from benchmarks.study.tuning import choices, criterion_table
+from benchmarks.study.tuning import choices, criterion_table, is_tuned, tuning_pieces
 
 __all__ = ["all_tables", "preset_tables", "study_tables"]
 
@@ -49,9 +49,10 @@ def preset_tables(preset: Preset, records: Records) -> dict[str, str]:
 
 def study_tables(study: Study, records: Records) -> dict[str, str]:
     """The tables of one study by title; shares with fewer than two whole seeds are left out."""
-    if not records.keys() >= set(tuning_pieces(study)):
-        done = sum(piece in records for piece in tuning_pieces(study))
-        return {f"{study.name}: tuning": f"{done} of {len(tuning_pieces(study))} pieces"}
+    if not is_tuned(study, records):
+        pieces = tuning_pieces(study, records)
+        done = sum(piece in records for piece in pieces)
+        return {f"{study.name}: tuning": f"{done} of at least {len(pieces)} pieces"}
     finals = chosen_finals(study, records)
     study = dataclasses.replace(
         study, shares=tuple(s for s in study.shares if seeds_done(study, finals, s) > 1)
@@ -76,10 +77,21 @@ def study_tables(study: Study, records: Records) -> dict[str, str]:
 def _tuning(study: Study, records: Records) -> str:
     """The criterion's mean over the runs that were tuned on, and from the least to the largest."""
     best = choices(study, records)
+    found = {variant: criterion_table(study, records, variant) for variant in study.variants}
+    first = study.temps[0]
+    rates = sorted({lr for table in found.values() for lr, temp in table if temp == first})
+    temps = sorted({temp for table in found.values() for _, temp in table} - {first})
     rows = []
-    for variant in study.variants:
+    for variant, table in found.items():
+        # a temperature was tried at the variant's own best rate
+        settings = [(rate, first) for rate in rates]
+        settings += [(best[variant].lr, temp) for temp in temps]
         row = [variant]
-        for setting, values in criterion_table(study, records, variant).items():
+        for setting in settings:
+            values = table.get(setting)
+            if values is None:
+                row.append("")
+                continue
             mean = f"{sum(values) / len(values):.3f}"
             if setting == best[variant][:2]:
                 mean = f"**{mean}**"
@@ -92,7 +104,9 @@ def _tuning(study: Study, records: Records) -> str:
         if choice.at_edge
     ]
     note = f"\n\nBest at the edge of what was tried: {'; '.join(edges) or 'none'}."
-    return _table(["", *(f"lr {lr:g}, temp {temp:g}" for lr, temp in study.tried)], rows) + note
+    head = [f"lr {rate:g}, temp {first:g}" for rate in rates]
+    head += [f"best lr, temp {temp:g}" for temp in temps]
+    return _table(["", *head], rows) + note
 
 
 def _scores(study: Study, finals: Records, measure: str) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from local_distill import MultiCrop, NearestMatcher, SimilarityMatcher, TokenGrid, Tokens, from_box
@@ -17,7 +19,7 @@ from local_distill.training.loading import SampleKey, SeededViews
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.study import intervals, page, pieces  # noqa: E402
+from benchmarks.study import intervals, page, tuning  # noqa: E402
 from benchmarks.study.__main__ import RESULTS, run_study  # noqa: E402
 from benchmarks.study.intervals import holm, mean_interval, paired_difference  # noqa: E402
 from benchmarks.study.pieces import (  # noqa: E402
@@ -25,7 +27,6 @@ from benchmarks.study.pieces import (  # noqa: E402
     Piece,
     final_pieces,
     tasks_of,
-    tuning_pieces,
 )
 from benchmarks.study.presets import PRESETS  # noqa: E402
 from benchmarks.study.results_file import append_record, read_records  # noqa: E402
@@ -33,7 +34,7 @@ from benchmarks.study.run_piece import run_piece, scenes_of  # noqa: E402
 from benchmarks.study.shared_views import SharedViews  # noqa: E402
 from benchmarks.study.summary import chosen_finals, comparisons, scores_by_seed  # noqa: E402
 from benchmarks.study.tables import preset_tables, study_tables  # noqa: E402
-from benchmarks.study.tuning import choices  # noqa: E402
+from benchmarks.study.tuning import choices, is_tuned, search, tuning_pieces  # noqa: E402
 from benchmarks.study.watched_matcher import WatchedMatcher  # noqa: E402
 
 SMOKE = PRESETS["smoke"]
@@ -48,16 +49,26 @@ def record_of(preset, piece, **scores):
     }
 
 
+def tune(study, value):
+    """Records of every tuning piece that is asked for, until none is, with a made-up criterion."""
+    records = {}
+    while not is_tuned(study, records):
+        missing = [piece for piece in tuning_pieces(study, records) if piece not in records]
+        assert missing
+        for piece in missing:
+            records[piece] = {"scores": dict.fromkeys(study.criterion, value(piece))}
+    return records
+
+
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_the_plan_holds_every_variant_alike(name):
     preset = PRESETS[name]
     for study in preset.studies:
-        tuning = tuning_pieces(study)
-        assert len(set(tuning)) == len(tuning)
-        assert not {piece.seed for piece in tuning} & set(study.seeds)
+        tuned = list(tune(study, lambda piece: -abs(piece.lr - 0.003) - piece.temp))
+        assert not {piece.seed for piece in tuned} & set(study.seeds)
         for variant in study.variants:
-            mine = [piece._replace(variant="") for piece in tuning if piece.variant == variant]
-            assert len(mine) * len(study.variants) == len(tuning)
+            mine = [piece._replace(variant="") for piece in tuned if piece.variant == variant]
+            assert len(mine) * len(study.variants) == len(tuned)
         finals = final_pieces(study, dict.fromkeys(study.variants, (1.0, 1.0)))
         assert len(finals) == len(study.seeds) * (1 + len(study.variants) * len(study.shares))
 
@@ -72,8 +83,12 @@ def test_tasks_hold_each_piece_once_and_whole_seeds_come_first():
     for task in tasks:
         assert len({(piece.study, piece.seed) for piece in task}) == 1
         assert len({piece.share for piece in task if piece.variant != UNTRAINED}) == 1
-    # the ends before what lies between, and each of the two seed by seed
-    order = [(max(piece.share for piece in task) == 0.1, task[0].seed) for task in tasks]
+    # the ends before what lies between, share by share, and each of these seed by seed
+    shares = [max(piece.share for piece in task) for task in tasks]
+    order = [
+        (share if share in (0.1, 0.5) else 0.0, task[0].seed)
+        for share, task in zip(shares, tasks, strict=True)
+    ]
     assert order == sorted(order)
 
 
@@ -160,35 +175,70 @@ def test_tuning_takes_the_best_on_average_and_tells_edges():
     study = dataclasses.replace(
         SMOKE.study("matching"),
         variants=("vanilla", "hybrid"), tuned_on=((0.25, 100), (1.0, 101)),
-        tried=((1.0, 0.1), (2.0, 0.1), (3.0, 0.1)),
+        rates=(1.0, 2.0, 4.0), temps=(0.1,), extensions=0,
     )  # fmt: skip
     # by variant and seed the criterion of the three rates
     values = {
         ("vanilla", 100): (0.5, 0.4, 0.1),
         ("vanilla", 101): (0.1, 0.4, 0.5),
         ("hybrid", 100): (0.5, 0.4, 0.4),
-        ("hybrid", 101): (0.5, 0.4, 0.6),
+        ("hybrid", 101): (0.5, 0.4, 0.7),
     }
     records = {}
-    for piece in tuning_pieces(study):
-        value = values[piece.variant, piece.seed][int(piece.lr) - 1]
+    for piece in tuning_pieces(study, {}):
+        value = values[piece.variant, piece.seed][study.rates.index(piece.lr)]
         records[piece] = {"scores": {"knn": value + 0.1, "miou": value - 0.1}}
     found = choices(study, records)
     assert found["vanilla"][:2] == (2.0, 0.1)
     assert found["vanilla"].value == pytest.approx(0.4)
     assert found["vanilla"].at_edge == ()
-    assert found["hybrid"][:2] in ((1.0, 0.1), (3.0, 0.1))
+    assert found["hybrid"][:2] == (4.0, 0.1)
     assert found["hybrid"].at_edge == ("lr",)
+
+
+@given(
+    best=st.floats(0.02, 200.0),
+    start=st.lists(st.sampled_from([0.5, 1.0, 2.0, 4.0]), min_size=1, max_size=4, unique=True),
+    extensions=st.integers(0, 5),
+)
+def test_a_search_finds_a_lone_peak_or_stops_at_an_edge(best, start, extensions):
+    tried, found = search(start, lambda number: -abs(math.log(number / best)), extensions)
+    assert tried == sorted(set(tried))
+    assert set(start) <= set(tried)
+    assert len(tried) <= len(start) + extensions
+    assert found == min(tried, key=lambda number: abs(math.log(number / best)))
+    if found in (tried[0], tried[-1]):  # never while there was leave to go on
+        assert len(tried) == len(start) + extensions
+
+
+def test_temperatures_are_tried_at_the_best_rate_of_each_variant():
+    study = dataclasses.replace(
+        SMOKE.study("matching"),
+        variants=("vanilla", "hybrid"), rates=(1.0, 2.0), temps=(0.1, 0.2), extensions=2,
+    )  # fmt: skip
+    peaks = {"vanilla": (4.0, 0.1), "hybrid": (1.0, 0.4)}
+
+    def value(piece):
+        lr, temp = peaks[piece.variant]
+        return -abs(math.log(piece.lr / lr)) - abs(math.log(piece.temp / temp))
+
+    records = tune(study, value)
+    assert {name: tuple(choice[:2]) for name, choice in choices(study, records).items()} == peaks
+    tried = {(piece.lr, piece.temp) for piece in records if piece.variant == "vanilla"}
+    assert tried == {(1.0, 0.1), (2.0, 0.1), (4.0, 0.1), (8.0, 0.1), (4.0, 0.2), (4.0, 0.05)}
+    with pytest.raises(ValueError, match="'hybrid'"):
+        choices(study, {piece: row for piece, row in records.items() if piece.variant != "hybrid"})
 
 
 def test_finals_are_compared_at_equal_seed_and_with_what_was_chosen():
     study = dataclasses.replace(
         SMOKE.study("matching"),
-        variants=("vanilla", "hybrid"), shares=(1.0,), tried=((1.0, 0.1), (2.0, 0.1)),
+        variants=("vanilla", "hybrid"), shares=(1.0,),
+        rates=(1.0, 2.0), temps=(0.1,), extensions=0,
     )  # fmt: skip
     records = {
         piece: record_of(SMOKE, piece, knn=piece.lr, miou=piece.lr)
-        for piece in tuning_pieces(study)
+        for piece in tuning_pieces(study, {})
     }
     for seed in (0, 1, 2):
         for lr in (1.0, 2.0):
@@ -250,7 +300,8 @@ def test_a_watched_matcher_hands_on_the_matches_and_knows_which_are_true():
 def test_a_study_runs_resumes_and_repeats_itself(tmp_path):
     study = dataclasses.replace(
         SMOKE.study("matching"),
-        variants=("vanilla", "hybrid"), shares=(1.0,), seeds=(0,), tried=((1e-3, 0.04),),
+        variants=("vanilla", "hybrid"), shares=(1.0,), seeds=(0,),
+        rates=(1e-3,), temps=(0.04,),
     )  # fmt: skip
     study = dataclasses.replace(study, recipe=dataclasses.replace(study.recipe, steps=3))
     preset = dataclasses.replace(SMOKE, studies=(study,))
@@ -279,7 +330,7 @@ def test_a_layers_piece_has_a_score_for_every_block():
     assert scores["knn"] == scores["knn_layers"][-1]
 
 
-@pytest.mark.parametrize("module", [intervals, page, pieces], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [intervals, page, tuning], ids=lambda module: module.__name__)
 def test_examples_of_the_study_run(module):
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     tried = doctest.testmod(module, optionflags=flags)
