@@ -27,7 +27,7 @@ LAYERS = (
     ("losses",),
     ("recipes",),
     ("_token_grids",),  # a part of backbones in a file of its own
-    ("backbones", "viz"),
+    ("backbones", "viz", "token_tap", "view_splits"),
     ("",),  # the package itself, that is __init__.py
     ("benchmarking",),
     ("training",),

@@ -63,6 +63,7 @@ PUBLIC_NAMES = [
     "TeacherTargets",
     "TimmBackbone",
     "TokenGrid",
+    "TokenTap",
     "Tokens",
     "VICRegLLoss",
     "VICRegLoss",

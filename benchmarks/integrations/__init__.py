@@ -1,0 +1,1 @@
+"""Trials of the integration pages on the codebases that they are about."""

@@ -1,0 +1,219 @@
+"""DINO's own ``main_dino.py`` with our lines in it: an epoch on the built-in scenes.
+
+    git clone https://github.com/facebookresearch/dino
+    python -m benchmarks.integrations.dino_trial dino trial
+
+In one process and in two; then it is resumed from its checkpoint. `OURS` are the lines of
+docs/integrations/dino.md. `SIZES` are theirs, smaller: the crops' sizes stand in the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.integrations.trial import (
+    Change,
+    apply_changes,
+    commit_of,
+    copy_of,
+    fall,
+    run_on_cpu,
+    write_scene_folders,
+)
+
+__all__ = ["OURS"]
+
+_MAIN = "main_dino.py"
+
+OURS = (
+    Change(
+        _MAIN,
+        "from vision_transformer import DINOHead",
+        "after",
+        (
+            "from local_distill import (Centering, LocalDistillationLoss, NearestMatcher, TokenTap,"
+            " match_views, upgrade)",
+        ),
+    ),
+    Change(_MAIN, "dataset = datasets.ImageFolder", "before", ("transform = upgrade(transform)",)),
+    Change(
+        _MAIN,
+        "# move networks to gpu",
+        "before",
+        (
+            "student.local_head, teacher.local_head ="
+            " DINOHead(embed_dim, args.out_dim), DINOHead(embed_dim, args.out_dim)",
+            "student.tap, teacher.tap ="
+            ' TokenTap(student.backbone, "norm"), TokenTap(teacher.backbone, "norm")',
+        ),
+    ),
+    Change(
+        _MAIN,
+        "# ============ preparing optimizer",
+        "before",
+        ("dino_loss.local = LocalDistillationLoss(Centering(args.out_dim)).cuda()",),
+    ),
+    Change(
+        _MAIN,
+        "for it, (images, _) in enumerate",
+        "instead",
+        (
+            "for it, ((images, geometries), _) in"
+            " enumerate(metric_logger.log_every(data_loader, 10, header)):",
+        ),
+    ),
+    Change(
+        _MAIN,
+        "images = [im.cuda(non_blocking=True)",
+        "after",
+        ("geometries = [geometry.to(images[0].device) for geometry in geometries]",),
+    ),
+    Change(
+        _MAIN,
+        "loss = dino_loss(student_output",
+        "after",
+        (
+            "tokens = student.module.tap.take(geometries),"
+            " teacher_without_ddp.tap.take(geometries[:2])",
+            "heads = student.module.local_head, teacher_without_ddp.local_head",
+            "logits = [[head(view.features) for view in views]"
+            " for head, views in zip(heads, tokens)]",
+            "loss = (loss + dino_loss.local(*logits, match_views(NearestMatcher(), *tokens),"
+            " teacher_temp=dino_loss.teacher_temp_schedule[epoch])) / 2",
+        ),
+    ),
+)
+
+SIZES = (
+    Change(
+        "vision_transformer.py",
+        "nlayers=3, hidden_dim=2048, bottleneck_dim=256",
+        "instead",
+        (
+            "def __init__(self, in_dim, out_dim, use_bn=False, norm_last_layer=True, nlayers=3,"
+            " hidden_dim=256, bottleneck_dim=64):",
+        ),
+    ),
+    Change(
+        "vision_transformer.py",
+        "patch_size=patch_size, embed_dim=192, depth=12",
+        "instead",
+        ("patch_size=patch_size, embed_dim=192, depth=4, num_heads=3, mlp_ratio=4,",),
+    ),
+    Change(
+        _MAIN,
+        "class DataAugmentationDINO",
+        "before",
+        (
+            "_cropped = transforms.RandomResizedCrop",
+            "transforms.RandomResizedCrop ="
+            " lambda size, **kwargs: _cropped({224: 64, 96: 32}[size], **kwargs)",
+        ),
+    ),
+)
+
+# Of the checkpoint, what must be there for a run to go on.
+STATE = {
+    "student": "module.local_head.last_layer.weight_v",
+    "teacher": "local_head.last_layer.weight_v",
+    "dino_loss": "local.targets.center",
+}
+TERMS = ("DINOLoss", "LocalDistillationLoss")
+IMAGES, FEW, BATCH, OUT_DIM = 1280, 120, 8, 128
+
+
+def main() -> None:
+    """Print the figures of docs/integrations/dino.md, and fail where one is not as it should be."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("clone", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    given = parser.parse_args()
+    work = given.work.resolve()
+    code = copy_of(given.clone, work / "code")
+    count = apply_changes(code, OURS)
+    apply_changes(code, SIZES)
+    data = work / "scenes"
+    if not data.exists():
+        write_scene_folders(data, IMAGES, 96)
+    print(json.dumps({"commit": commit_of(given.clone), **count._asdict()}))
+    for processes in given.processes:
+        print(json.dumps(_train(work, code, data, processes)), flush=True)
+    if 1 in given.processes:
+        few = work / "few-scenes"
+        if not few.exists():
+            write_scene_folders(few, FEW, 96)
+        print(json.dumps(_resume(work, code, few)))
+
+
+def _train(work: Path, code: Path, data: Path, processes: int) -> dict[str, Any]:
+    out = work / f"run{processes}"
+    (out / "checkpoint.pth").unlink(missing_ok=True)
+    run = _run(work, code, data, out, processes, epochs=1)
+    terms = {name: fall(run["ranks"][0]["losses"][name]) for name in TERMS}
+    missing = _missing(out / "checkpoint.pth")
+    ok = all(term.falling for term in terms.values()) and not missing
+    ok = ok and all(rank["ranks_agree"] for rank in run["ranks"])
+    assert ok, (terms, missing, [rank["ranks_agree"] for rank in run["ranks"]])
+    return {
+        "processes": processes,
+        "seconds": run["seconds"],
+        "terms": {name: term._asdict() for name, term in terms.items()},
+        "in the checkpoint": list(STATE.values()),
+        "ranks agree": run["ranks"][0]["ranks_agree"],
+    }
+
+
+def _resume(work: Path, code: Path, data: Path) -> dict[str, Any]:
+    """A short epoch more from the checkpoint: the local loss goes on where it was."""
+    out = work / "run1"
+    before = torch.load(out / "checkpoint.pth", map_location="cpu", weights_only=False)
+    first = json.loads((work / "record1-epochs1" / "rank0.json").read_text())["losses"]
+    run = _run(work, code, data, out, 1, epochs=2)
+    after = torch.load(out / "checkpoint.pth", map_location="cpu", weights_only=False)
+    log = (work / "record1-epochs2" / "log.txt").read_text()
+    name = "LocalDistillationLoss"
+    losses = {
+        "at the start": first[name][0],
+        "before": sum(first[name][-5:]) / 5,
+        "resumed": sum(run["ranks"][0]["losses"][name][:5]) / 5,
+    }
+    loaded = log.count("<All keys matched successfully>")
+    assert (before["epoch"], after["epoch"]) == (1, 2)
+    assert loaded == 3, "student, teacher and dino_loss must load without a key missing"
+    closer = abs(losses["resumed"] - losses["before"]) < abs(
+        losses["resumed"] - losses["at the start"]
+    )
+    assert closer, losses
+    return {"resumed": losses, "loaded whole": loaded}
+
+
+def _run(
+    work: Path, code: Path, data: Path, out: Path, processes: int, *, epochs: int
+) -> dict[str, Any]:
+    out.mkdir(parents=True, exist_ok=True)
+    arguments = f"""
+        --arch vit_tiny --patch_size 16 --out_dim {OUT_DIM} --local_crops_number 2 --use_fp16 false
+        --epochs {epochs} --batch_size_per_gpu {BATCH // processes} --warmup_epochs 0 --lr 0.032
+        --freeze_last_layer 0 --drop_path_rate 0 --num_workers 0 --momentum_teacher 0.9995
+        --warmup_teacher_temp 0.01 --teacher_temp 0.01
+    """.split()
+    arguments += ["--data_path", str(data), "--output_dir", str(out)]
+    record = work / f"record{processes}-epochs{epochs}"
+    return run_on_cpu(
+        code / _MAIN, arguments, record=record, options=[",".join(TERMS)], processes=processes
+    )
+
+
+def _missing(checkpoint: Path) -> list[str]:
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    return [name for part, name in STATE.items() if name not in saved[part]]
+
+
+if __name__ == "__main__":
+    main()
