@@ -1,12 +1,14 @@
-"""Runs the code of a page, in docs/pictures, where its pictures belong: docs/run_page.py PAGE."""
+"""Runs the code of a page, and keeps its pictures in docs/pictures: docs/run_page.py PAGE."""
 
 import os
 import re
+import shutil
 import sys
+import tempfile
 import types
 from pathlib import Path
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).resolve().parent
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -28,5 +30,9 @@ if __name__ == "__main__":
     if len(sys.argv) != 2 or not (DOCS / sys.argv[1]).is_file():
         sys.exit(f"usage: {sys.argv[0]} PAGE, a file below docs/ such as half-pixel-traps.md")
     page = DOCS / sys.argv[1]
-    os.chdir(DOCS / "pictures")
-    run(page)
+    with tempfile.TemporaryDirectory() as folder:  # pages leave more than pictures behind
+        os.chdir(folder)
+        run(page)
+        for picture in Path(folder).glob("*.png"):
+            shutil.copy(picture, DOCS / "pictures")
+        os.chdir(DOCS)

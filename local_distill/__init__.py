@@ -91,6 +91,7 @@ from local_distill.structures import (
 )
 from local_distill.targets import Centering, SinkhornKnopp
 from local_distill.teacher import EmaTeacher
+from local_distill.token_tap import TokenTap
 
 if TYPE_CHECKING:
     from local_distill.backbones import TimmBackbone, measure_token_grid
@@ -152,6 +153,7 @@ __all__ = [
     "TeacherTargets",
     "TimmBackbone",
     "TokenGrid",
+    "TokenTap",
     "Tokens",
     "VICRegLLoss",
     "VICRegLoss",
@@ -199,7 +201,8 @@ _LAZY = {
     "upgrade": "local_distill.transforms",
 }
 
-__getattr__ = lazy_names(__name__, _LAZY)
+if not TYPE_CHECKING:  # a type checker would take any name for one that is there
+    __getattr__ = lazy_names(__name__, _LAZY)
 
 
 def __dir__() -> list[str]:

@@ -102,7 +102,8 @@ _LAZY = {
     "transform_test": "local_distill.testing.transform_kit",
 }
 
-__getattr__ = lazy_names(__name__, _LAZY)
+if not TYPE_CHECKING:  # a type checker would take any name for one that is there
+    __getattr__ = lazy_names(__name__, _LAZY)
 
 
 def __dir__() -> list[str]:

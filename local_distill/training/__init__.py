@@ -42,24 +42,24 @@ __all__ = [
     "train",
 ]
 
-__getattr__ = lazy_names(
-    __name__,
-    {
-        "CheckpointStore": "local_distill.training.checkpoints",
-        "DemoCrop": "local_distill.training.views",
-        "DistillationNetwork": "local_distill.training.network",
-        "ImageFiles": "local_distill.training.data.image_files",
-        "Method": "local_distill.training.methods.method",
-        "Scene": "local_distill.training.scenes",
-        "SyntheticScenes": "local_distill.training.scenes",
-        "TrainResult": "local_distill.training.trainer",
-        "evaluate_backbone": "local_distill.training.evaluation",
-        "export_backbone": "local_distill.training.export",
-        "extract_features": "local_distill.training.evaluation",
-        "knn_accuracy": "local_distill.training.evaluation",
-        "load_backbone": "local_distill.training.backbone_loading",
-        "load_checkpoint": "local_distill.training.checkpoints",
-        "open_images": "local_distill.training.data.open_images",
-        "train": "local_distill.training.trainer",
-    },
-)
+_LAZY = {
+    "CheckpointStore": "local_distill.training.checkpoints",
+    "DemoCrop": "local_distill.training.views",
+    "DistillationNetwork": "local_distill.training.network",
+    "ImageFiles": "local_distill.training.data.image_files",
+    "Method": "local_distill.training.methods.method",
+    "Scene": "local_distill.training.scenes",
+    "SyntheticScenes": "local_distill.training.scenes",
+    "TrainResult": "local_distill.training.trainer",
+    "evaluate_backbone": "local_distill.training.evaluation",
+    "export_backbone": "local_distill.training.export",
+    "extract_features": "local_distill.training.evaluation",
+    "knn_accuracy": "local_distill.training.evaluation",
+    "load_backbone": "local_distill.training.backbone_loading",
+    "load_checkpoint": "local_distill.training.checkpoints",
+    "open_images": "local_distill.training.data.open_images",
+    "train": "local_distill.training.trainer",
+}
+
+if not TYPE_CHECKING:  # a type checker would take any name for one that is there
+    __getattr__ = lazy_names(__name__, _LAZY)

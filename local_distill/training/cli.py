@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from local_distill import __version__
@@ -70,6 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["bench"]:  # apart, as it needs no extra
         return bench(given[1:])
+    here = str(Path.cwd())
+    if here not in sys.path:  # `python -m` has it: so that a class of one's own is found there
+        sys.path.append(here)
     try:
         parser, functions = build_parser()
         _check_method_name(given)

@@ -193,10 +193,12 @@ def show(
     source = SyntheticScenes(1, seed=seed)[0][0] if image == "scenes" else _one_image(image)
     network = load_backbone(checkpoint, backbone, seed).eval()
     torch.manual_seed(seed)
+    drawn, geometries = views(source)
     figure = match_picture(
         network,
         source,
-        *views(source),
+        drawn,
+        geometries,
         views.num_global,
         normalize=views.normalize,
         max_distance=max_distance,

@@ -1,6 +1,7 @@
 """The command line as a person meets it."""
 
 import json
+import sys
 
 import pytest
 import yaml
@@ -92,6 +93,19 @@ def test_views_by_import_path_have_their_own_defaults(capsys):
     assert [views["init_args"][name] for name in ("global_size", "local_size", "local_count")] == [
         224, 96, 6
     ]  # fmt: skip
+
+
+def test_a_matcher_of_ones_own_is_found_in_the_current_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_own_matchers.py").write_text(
+        "import local_distill\n\n\nclass Nearest(local_distill.NearestMatcher):\n    pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    with pytest.raises(SystemExit):
+        run("train", "--method", "Glsd", "--method.matcher", "my_own_matchers.Nearest",
+            "--print_config")  # fmt: skip
+    method = yaml.safe_load(capsys.readouterr().out)["method"]["init_args"]
+    assert method["matcher"]["class_path"] == "my_own_matchers.Nearest"
 
 
 def test_methods_by_name(tmp_path):

@@ -187,7 +187,7 @@ CONTAINERS = {
     "choice": v1.RandomChoice([CROP, FLIP, TURN]),
     "choice-p": v1.RandomChoice([CROP, FLIP, v1.Pad(2)], p=[0.2, 1.0, 0.7]),
     "order": v1.RandomOrder([v1.CenterCrop((30, 44)), v1.Resize((30, 44)), FLIP, TURN]),
-    "sequential": nn.Sequential(CROP, nn.Sequential(FLIP, v1.RandomGrayscale(0.5))),
+    "sequential": nn.Sequential(CROP, nn.Identity(), nn.Sequential(FLIP, v1.RandomGrayscale(0.5))),
     "inherits": v1.Compose([CROP, BlurByChance(p=0.6), FLIP]),
     "v2-among-v1": v1.Compose(
         [v2.RandomResizedCrop(28), v1.RandomApply([v2.RandomRotation(20, expand=True)]), FLIP]

@@ -25,7 +25,7 @@ _PHOTOMETRIC = (
     *(v1.ColorJitter, v1.ConvertImageDtype, v1.GaussianBlur, v1.Grayscale, v1.Normalize),
     *(v1.PILToTensor, v1.RandomAdjustSharpness, v1.RandomAutocontrast, v1.RandomEqualize),
     *(v1.RandomErasing, v1.RandomGrayscale, v1.RandomInvert, v1.RandomPosterize),
-    *(v1.RandomSolarize, v1.ToPILImage, v1.ToTensor),
+    *(v1.RandomSolarize, v1.ToPILImage, v1.ToTensor, nn.Identity),
 )
 # What the codebases call their own blurs, colour changes and conversions. The name is a hint, not a
 # proof: each is tried on an image before it is let in.
