@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT))  # the benchmarks are outside of the package
 
-from benchmarks.integrations import lightly_trial  # noqa: E402
+from benchmarks.integrations import lightly_trial, solo_trial  # noqa: E402
 
 _spec = importlib.util.spec_from_file_location("run_page", DOCS / "run_page.py")
 run_page = importlib.util.module_from_spec(_spec)
@@ -48,3 +48,14 @@ def test_every_use_of_the_library_in_the_loop_is_marked(page):
         ours = [line for line in ours if "Local" in line or "Tokens" in line or "match" in line]
     assert ours
     assert [line for line in ours if not line.endswith("# +")] == []
+
+
+def test_the_solo_learn_page_shows_what_was_tried():
+    text = (DOCS / "integrations" / "solo-learn.md").read_text("utf-8")
+    assert f"```text\n{solo_trial.SUBCLASS}```" in text
+    for change in solo_trial.OURS:
+        for line in change.lines:
+            assert line in text
+    count = solo_trial.lines_of_code(solo_trial.SUBCLASS.partition("class ")[2])
+    assert count == 29 <= 40
+    assert f"{count} lines" in text
