@@ -10,7 +10,6 @@ the example's data needs besides (`SHIMS`, `run_script`) stands apart, and is no
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.integrations.trial import Change, apply_changes, commit_of, copy_of, fall
+from benchmarks.integrations.trial import Change, apply_changes, copy_of, fall, run_named
 
 __all__ = ["OURS"]
 
@@ -241,20 +240,8 @@ def check_alike(first: dict[str, float], other: dict[str, float]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("clone", type=Path, nargs="?", help="of lightly-ai/lightly")
-    parser.add_argument("out", type=Path, nargs="?", help="a folder for the runs")
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
-    parser.add_argument("--script", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.script is not None:
-        run_script(args.script, Path.cwd())
-        return
-    if args.out is None:
-        parser.error("give the path to a clone of lightly-ai/lightly, and a folder for the runs")
-    print("Lightly at", commit_of(args.clone))
-    for name in args.runs:
-        print(name, json.dumps(try_run(name, args.clone, args.out.resolve())), flush=True)
+    description = __doc__.splitlines()[0]
+    run_named("Lightly", "lightly-ai/lightly", description, list(RUNS), try_run, run_script)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ stands apart, and is not counted.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -26,9 +25,10 @@ import torch
 from benchmarks.integrations.trial import (
     Change,
     apply_changes,
-    commit_of,
     copy_of,
     fall,
+    lines_of_code,
+    run_named,
     write_scene_folders,
 )
 
@@ -98,11 +98,6 @@ OURS = (
     ),
     Change(_MAIN, "if cfg.debug_augmentations:", "before", ("transform = upgrade(transform)",)),
 )
-
-
-def lines_of_code(text: str) -> int:
-    """Lines that are neither blank nor a comment."""
-    return sum(bool(line.strip()) and line.lstrip()[0] != "#" for line in text.splitlines())
 
 
 def settings(scenes: Path, processes: int) -> dict[str, Any]:
@@ -217,8 +212,8 @@ def try_run(name: str, clone: Path, out: Path) -> dict[str, Any]:
         if not math.isclose(rank["state"]["targets.center"], ranks[0]["state"]["targets.center"]):
             raise SystemExit("the center differs between the processes")
     figures: dict[str, Any] = {"processes": processes, "seconds": seconds}
-    figures["subclass"] = lines_of_code(SUBCLASS[SUBCLASS.index("class ") :])
-    figures["its imports"] = lines_of_code(SUBCLASS) - figures["subclass"]
+    figures["subclass"] = lines_of_code(SUBCLASS[SUBCLASS.index("class ") :].splitlines())
+    figures["its imports"] = lines_of_code(SUBCLASS.splitlines()) - figures["subclass"]
     figures["elsewhere"] = count._asdict()
     figures["in the checkpoint"] = saved_parts(folder)
     for term, values in ranks[0]["terms"].items():
@@ -239,20 +234,8 @@ def saved_parts(folder: Path) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("clone", type=Path, nargs="?", help="of vturrisi/solo-learn")
-    parser.add_argument("out", type=Path, nargs="?", help="a folder for the runs")
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
-    parser.add_argument("--script", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.script is not None:
-        run_script(args.script, Path.cwd())
-        return
-    if args.out is None:
-        parser.error("give the path to a clone of vturrisi/solo-learn, and a folder for the runs")
-    print("solo-learn at", commit_of(args.clone))
-    for name in args.runs:
-        print(name, json.dumps(try_run(name, args.clone, args.out.resolve())), flush=True)
+    description = __doc__.splitlines()[0]
+    run_named("solo-learn", "vturrisi/solo-learn", description, list(RUNS), try_run, run_script)
 
 
 if __name__ == "__main__":

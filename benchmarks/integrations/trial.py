@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ __all__ = [
     "commit_of",
     "copy_of",
     "fall",
+    "lines_of_code",
+    "run_named",
     "run_on_cpu",
     "write_scene_folders",
 ]
@@ -84,7 +87,7 @@ def apply_changes(root: Path, changes: Sequence[Change]) -> Count:
         at = found[0]
         indent = theirs[at][: len(theirs[at]) - len(theirs[at].lstrip())]
         ours = [indent + line if line else "" for line in change.lines]
-        added += sum(bool(line.strip()) and line.lstrip()[0] != "#" for line in ours)
+        added += lines_of_code(ours)
         removed += change.place == "instead"
         start, end = {"before": (at, at), "after": (at + 1, at + 1), "instead": (at, at + 1)}[
             change.place
@@ -92,6 +95,11 @@ def apply_changes(root: Path, changes: Sequence[Change]) -> Count:
         theirs[start:end] = ours
         path.write_text("\n".join(theirs) + "\n", "utf-8")
     return Count(added, removed)
+
+
+def lines_of_code(lines: Sequence[str]) -> int:
+    """How many are neither blank nor a comment."""
+    return sum(bool(line.strip()) and line.lstrip()[0] != "#" for line in lines)
 
 
 def copy_of(clone: Path, to: Path) -> Path:
@@ -119,6 +127,40 @@ def write_scene_folders(to: Path, count: int, size: int) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{index:05}.png")
     return to
+
+
+def run_named(
+    library: str,
+    address: str,
+    description: str,
+    runs: Sequence[str],
+    try_run: Callable[[str, Path, Path], dict[str, Any]],
+    run_script: Callable[[Path, Path], None],
+) -> None:
+    """The command line of a trial whose runs have names.
+
+    Args:
+        library: its name, for a person.
+        address: its owner and repository.
+        description: of the trial, in a line.
+        runs: all of them; ``--runs`` chooses.
+        try_run: (name, clone, folder for all runs) -> the figures that are printed.
+        run_script: (script of theirs, folder), in a process that ``--script`` has started.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("clone", type=Path, nargs="?", help=f"of {address}")
+    parser.add_argument("out", type=Path, nargs="?", help="a folder for the runs")
+    parser.add_argument("--runs", nargs="+", choices=runs, default=list(runs))
+    parser.add_argument("--script", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.script is not None:
+        run_script(args.script, Path.cwd())
+        return
+    if args.out is None:
+        parser.error(f"give the path to a clone of {address}, and a folder for the runs")
+    print(library, "at", commit_of(args.clone))
+    for name in args.runs:
+        print(name, json.dumps(try_run(name, args.clone, args.out.resolve())), flush=True)
 
 
 def run_on_cpu(

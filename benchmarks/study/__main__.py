@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.study.page import update_page
-from benchmarks.study.pieces import final_pieces, tasks_of
+from benchmarks.study.pieces import tasks_of
 from benchmarks.study.presets import PRESETS
 from benchmarks.study.results_file import read_records
 from benchmarks.study.running import run_tasks
 from benchmarks.study.settings import Preset
 from benchmarks.study.tables import all_tables, preset_tables
-from benchmarks.study.tuning import choices, is_tuned, tuning_pieces
+from benchmarks.study.tuning import is_tuned, planned_finals, tuning_pieces
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -41,10 +41,7 @@ def run_study(preset: Preset, results: Path, *, jobs: int = 2, until: float | No
         there = read_records(results, preset)
         if not there.keys() >= set(tuning):
             return False
-    finals = []
-    for study in preset.studies:
-        chosen = {key: (best.lr, best.temp) for key, best in choices(study, there).items()}
-        finals += final_pieces(study, chosen)
+    finals = [piece for study in preset.studies for piece in planned_finals(study, there)]
     run_tasks(
         preset, tasks_of(preset, finals), results, jobs=jobs, description="finals", until=until
     )

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.study.intervals import Interval, holm, mean_interval, paired_difference
-from benchmarks.study.pieces import UNTRAINED, Piece, final_pieces
+from benchmarks.study.pieces import UNTRAINED, Piece
 from benchmarks.study.settings import Study
-from benchmarks.study.tuning import choices, is_tuned
+from benchmarks.study.tuning import is_tuned, planned_finals
 
 __all__ = [
     "Comparison",
@@ -44,8 +44,7 @@ def chosen_finals(study: Study, records: Records) -> dict[Piece, Mapping[str, An
     """The final pieces with the settings that tuning chose; none before it is complete."""
     if not is_tuned(study, records):
         return {}
-    chosen = {key: (best.lr, best.temp) for key, best in choices(study, records).items()}
-    return {piece: records[piece] for piece in final_pieces(study, chosen) if piece in records}
+    return {piece: records[piece] for piece in planned_finals(study, records) if piece in records}
 
 
 def seeds_done(study: Study, finals: Records, share: float) -> int:

@@ -6,10 +6,18 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.study.pieces import Piece
+from benchmarks.study.pieces import Piece, final_pieces
 from benchmarks.study.settings import Study
 
-__all__ = ["Choice", "choices", "criterion_table", "is_tuned", "search", "tuning_pieces"]
+__all__ = [
+    "Choice",
+    "choices",
+    "criterion_table",
+    "is_tuned",
+    "planned_finals",
+    "search",
+    "tuning_pieces",
+]
 
 Records = Mapping[Piece, Mapping[str, Any]]
 
@@ -119,6 +127,16 @@ def choices(study: Study, records: Records) -> dict[str, Choice]:
             )
         found[variant] = choice
     return found
+
+
+def planned_finals(study: Study, records: Records) -> list[Piece]:
+    """Every final piece, with the settings that tuning chose.
+
+    Raises:
+        ValueError: the tuning is not complete.
+    """
+    chosen = {name: (best.lr, best.temp) for name, best in choices(study, records).items()}
+    return final_pieces(study, chosen)
 
 
 def _plan(
