@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
+import traceback
 from collections.abc import Iterator
+
+from torch._C import _error_if_any_worker_fails
 
 from local_distill.errors import DataError
 
@@ -14,6 +18,9 @@ _DEAD = ("DataLoader worker (pid", "Pin memory thread exited unexpectedly")
 # The last line of a traceback.
 _RAISED = re.compile(r"^[\w.]*DataError: ", re.MULTILINE)
 _CAUGHT = "Caught DataError in DataLoader worker process"
+# What the main process meets that was just taking a tensor over from the worker's socket.
+_CUT_OFF = (ConnectionError, EOFError, FileNotFoundError)
+_SECONDS_TO_DIE = 5.0
 
 
 @contextlib.contextmanager
@@ -49,11 +56,39 @@ the same settings to go on from there
         message = str(error)
         if not any(part in message for part in _DEAD):
             raise
-        told = message.strip().rstrip(".")
-        raise DataError(
-            f"a worker that loads images died: {told}. Likely causes: too little memory (lower the "
-            "number of workers, the batch or `max_pixels`), a full /dev/shm (in a container give "
-            "it more, as with --shm-size), or a decoder that crashed on an image. "
-            "What the last checkpoint holds is not touched: start again with the same settings to "
-            "go on from there"
-        ) from error
+        # Another one that died is not to be told of later, in the midst of what comes next.
+        with contextlib.suppress(RuntimeError):
+            _error_if_any_worker_fails()
+        raise _dead_worker(message) from error
+    except _CUT_OFF as error:
+        # torch tells of the death itself a moment later, by a signal, wherever the process is then
+        if not _between_processes(error) or (told := _wait_for_a_death()) is None:
+            raise
+        raise _dead_worker(told) from error
+
+
+def _dead_worker(told: str) -> DataError:
+    return DataError(
+        f"a worker that loads images died: {told.strip().rstrip('.')}. Likely causes: too little "
+        "memory (lower the number of workers, the batch or `max_pixels`), a full /dev/shm (in a "
+        "container give it more, as with --shm-size), or a decoder that crashed on an image. "
+        "What the last checkpoint holds is not touched: start again with the same settings to "
+        "go on from there"
+    )
+
+
+def _between_processes(error: BaseException) -> bool:
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") == "multiprocessing.queues" for frame, _ in frames)
+
+
+def _wait_for_a_death() -> str | None:
+    """What torch says of a worker that died, once it knows."""
+    end = time.monotonic() + _SECONDS_TO_DIE
+    try:
+        while time.monotonic() < end:
+            _error_if_any_worker_fails()
+            time.sleep(0.01)
+    except RuntimeError as error:  # of the call, or of the signal
+        return str(error)
+    return None
