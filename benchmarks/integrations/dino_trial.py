@@ -69,12 +69,6 @@ OURS = (
     ),
     Change(
         _MAIN,
-        "images = [im.cuda(non_blocking=True)",
-        "after",
-        ("geometries = [geometry.to(images[0].device) for geometry in geometries]",),
-    ),
-    Change(
-        _MAIN,
         "loss = dino_loss(student_output",
         "after",
         (

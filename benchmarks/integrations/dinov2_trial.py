@@ -92,8 +92,7 @@ OURS = (
         "reshard_fsdp_model(self.teacher)",
         "before",
         (
-            'geometries = [where.to(global_crops.device) for where in images["geometries"]]',
-            "teacher_tokens = self.teacher_tap.take(geometries[:2])",
+            'teacher_tokens = self.teacher_tap.take(images["geometries"][:2])',
             "teacher_logits = local_logits(self.teacher.local_head, teacher_tokens)",
         ),
     ),
@@ -102,7 +101,7 @@ OURS = (
         "self.backprop_loss(loss_accumulator)",
         "before",
         (
-            "student_tokens = self.student_tap.take(geometries)",
+            'student_tokens = self.student_tap.take(images["geometries"])',
             "student_logits = local_logits(self.student.local_head, student_tokens)",
             "matches = match_views(NearestMatcher(), student_tokens, teacher_tokens)",
             'loss_dict["local_loss"] = self.local_loss('

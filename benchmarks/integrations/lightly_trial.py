@@ -65,10 +65,7 @@ _PLAIN = (
     (
         "views = batch[0]",
         "instead",
-        (
-            "views, geometries = batch[0]",
-            "geometries = [geometry.to(device) for geometry in geometries]",
-        ),
+        ("views, geometries = batch[0]",),
     ),
     (
         "loss = criterion(",

@@ -36,7 +36,7 @@ def test_it_takes_as_many_lines_as_the_page_says(page):
 def test_the_trial_puts_as_many_lines_into_lightlys_example(example):
     changes = lightly_trial.OURS[example]
     lines = [line for change in changes for line in change.lines]
-    assert len(lines) == 12
+    assert len(lines) == (11 if example == lightly_trial.PLAIN else 12)
     assert max(map(len, lines)) + 8 <= 100, "a line that is two in one"
     assert sum(change.place == "instead" for change in changes) == 2
 

@@ -33,7 +33,8 @@ def test_geometries_are_handed_on_and_a_wrong_order_is_refused():
     tap = TokenTap(model.backbone)
     crops = [from_box(torch.tensor([[0.0, 0, 40, 30]] * 2), v.shape[-2:], (60, 50)) for v in views]
     model(views)
-    assert tap.take(crops)[3].geometry is crops[3]
+    got = tap.take(crops)[3].geometry
+    assert all(torch.equal(part, wanted) for part, wanted in zip(got, crops[3], strict=True))
     for wrong in (crops[::-1], views[::-1]):
         model(views)
         with pytest.raises(ShapeError, match="order"):
@@ -187,6 +188,90 @@ def test_maps_with_channels_last():
     assert features.shape[1:3] == (2, 3)
     got = tap.take([view])[0]
     torch.testing.assert_close(got.features, features.flatten(1, 2), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "sizes"),
+    [
+        ("convnext_atto", "stages", {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)}),
+        (
+            "vit_small_patch14_reg4_dinov2",
+            "norm",
+            {"embed_dim": 24, "depth": 1, "num_heads": 2, "dynamic_img_size": True},
+        ),
+    ],
+)
+def test_timms_own_grids_and_prefixes(name, module, sizes):
+    backbone = timm.create_model(name, num_classes=0, **sizes).train()
+    tap = TokenTap(backbone, module)
+    view = torch.randn(2, 3, 70, 98)
+    output = backbone.forward_features(view)
+    backbone(view)
+    got = tap.take_views([view])[0]
+    whole = TimmBackbone(backbone)
+    assert got.tokens.grid == whole.token_grid((70, 98))
+    if output.dim() == 4:
+        assert got.prefix.shape[1] == 0
+        torch.testing.assert_close(got.tokens.features, output.flatten(2).mT)
+    else:
+        assert tap.num_prefix_tokens == got.prefix.shape[1] == 5
+        torch.testing.assert_close(got.tokens.features, output[:, 5:])
+
+
+class _Lists(nn.Module):
+    """Takes a list of batches of two sizes, and norms each, as DINOv2's nested tensors go."""
+
+    def __init__(self, nested):
+        super().__init__()
+        self.embed, self.nested = nn.Conv2d(3, 8, 8, stride=8), nested
+        self.blocks, self.norm = _OnEach(nn.Linear(8, 8)), nn.LayerNorm(8)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, 8))
+
+    def forward(self, batches, masks=None):
+        tokens = [self.embed(images).flatten(2).mT for images in batches]
+        tokens = [torch.cat([self.cls_token.expand(len(t), -1, -1), t], 1) for t in tokens]
+        if self.nested:
+            tokens = self.blocks(tokens)
+        return [self.norm(part) for part in tokens]
+
+
+class _OnEach(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, parts):
+        return [self.layer(part) for part in parts]
+
+
+@pytest.mark.parametrize("layers", [[], ["blocks"]])
+def test_a_list_of_batches_as_dinov2_takes_it(layers):
+    model = _Lists(nested=bool(layers))
+    tap = TokenTap(model, layers=layers)
+    crops = [torch.randn(4, 3, 48, 32), torch.randn(6, 3, 16, 24)]
+    outputs = model(crops, masks=None)
+    seen = tap.take_views([*crops[0].split(2), *crops[1].split(2)])
+    assert [view.tokens.grid.rows for view in seen] == [6, 6, 2, 2, 2]
+    assert all(len(view.layers) == len(layers) for view in seen)
+    for start, part in ((0, outputs[0]), (2, outputs[1])):
+        for number, rows in enumerate(part.split(2)):
+            torch.testing.assert_close(seen[start + number].tokens.features, rows[:, 1:])
+            torch.testing.assert_close(seen[start + number].prefix, rows[:, :1])
+
+
+def test_tokens_under_autocast_are_as_the_module_gives_them():
+    model, views = small_model(), some_views()
+    tap = TokenTap(model.backbone, "norm", layers=["blocks.0.mlp"])
+    with torch.autocast("cpu", torch.bfloat16):
+        model(views)
+        alone = model.backbone.forward_features(views[0])
+    got = tap.take_views(views)[0]
+    assert got.layers[0].dtype == torch.bfloat16
+    assert got.tokens.features.dtype == alone.dtype
+    # bfloat16 has 8 bits, and a batch of another size is rounded in another order
+    torch.testing.assert_close(got.tokens.features, alone[:, 1:], rtol=0.05, atol=0.05)
+    (got.tokens.features.float().sin().sum() + got.layers[0].float().sum()).backward()
+    assert all(p.grad.isfinite().all() for p in model.backbone.blocks.parameters())
 
 
 class _Tokens(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,26 +10,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from local_distill._check import check_at_least, values_visible
-from local_distill._token_grids import Step, grid_of_steps, known_steps
+from local_distill._check import check_at_least
 from local_distill.errors import ConfigError, ShapeError
 from local_distill.structures import CropGeometry, TokenGrid, Tokens
+from local_distill.token_tap._backbone import (
+    count_prefix_tokens,
+    default_grid,
+    module_of,
+    refuse_compiled,
+)
+from local_distill.token_tap._views import (
+    check_view,
+    given_views,
+    image_sizes,
+    split_tokens,
+    tensor_of,
+)
+from local_distill.token_tap._waiting import Forward, Waiting
 
 __all__ = ["TappedView", "TokenTap"]
 
 # Forwards whose tokens nobody took: more are a forgotten `take`, and would fill the memory.
 _MOST_WAITING = 64
-# What timm, DINO's family and transformers call the tokens that go before the patches.
-_PREFIX_PARAMETERS = frozenset(
-    (
-        "cls_token",
-        "dist_token",
-        "distillation_token",
-        "reg_token",
-        "register_tokens",
-        "storage_tokens",
-    )
-)
 
 
 class TappedView(NamedTuple):
@@ -48,34 +49,6 @@ class TappedView(NamedTuple):
     prefix: Tensor
     layers: tuple[Tensor, ...] = ()
     layer_prefixes: tuple[Tensor, ...] = ()
-
-
-class _Forward(NamedTuple):
-    """One forward of views of one size: their (b, height, width), and what the modules gave."""
-
-    images: tuple[int, int, int]
-    output: Tensor
-    layers: tuple[Tensor, ...]
-
-
-class _Waiting:
-    """The forwards that wait to be taken: this one, and those before it.
-
-    A chain rather than a list: torch.compile looks into a list that it appends to, which makes the
-    tokens of earlier forwards inputs of the graph, and compiles one for each length.
-    """
-
-    def __init__(self, before: _Waiting | None, forward: _Forward | None) -> None:
-        self.before, self.forward = before, forward
-        self.count: int = 0 if before is None else before.count + 1
-
-    def forwards(self) -> list[_Forward]:
-        """In the order in which they ran."""
-        found, link = [], self
-        while link.before is not None and link.forward is not None:
-            found.append(link.forward)
-            link = link.before
-        return found[::-1]
 
 
 class TokenTap:
@@ -150,18 +123,18 @@ class TokenTap:
         if isinstance(backbone, nn.DataParallel):
             raise _no_data_parallel()
         names = (module, *layers)
-        tapped = [_module_of(backbone, name) for name in names]
+        tapped = [module_of(backbone, name) for name in names]
         for name in names:
-            _refuse_compiled(backbone, name)
+            refuse_compiled(backbone, name)
         self.enabled, self.in_eval, self._names = True, in_eval, names
-        self._grid = _default_grid(backbone, patch_size) if grid is None else grid
+        self._grid = default_grid(backbone, patch_size) if grid is None else grid
         self._grids: dict[tuple[int, int], TokenGrid] = {}
         self.num_prefix_tokens = check_at_least(
             "num_prefix_tokens",
-            _num_prefix_tokens(backbone) if num_prefix_tokens is None else num_prefix_tokens,
+            count_prefix_tokens(backbone) if num_prefix_tokens is None else num_prefix_tokens,
             0,
         )
-        self._waiting = _Waiting(None, None)
+        self._waiting = Waiting(None, None)
         self._images: list[tuple[int, int, int]] = []  # of the forward that runs
         self._seen: list[list[Tensor]] = []
         self._open = False  # within a forward that is collected
@@ -186,9 +159,10 @@ class TokenTap:
         """The tokens of every view since the last call, and forget them.
 
         Args:
-            views: the views' geometries in view order, or the views (b, c, h, w) themselves, or
-                how many there were. A count cannot tell two steps from one of twice the batch:
-                where a step may be left out, give the others, or call `clear` there.
+            views: the views' geometries in view order, on whatever device (they come back on the
+                tokens'); or the views (b, c, h, w) themselves; or how many there were. A count
+                cannot tell two steps from one of twice the batch: where a step may be left out,
+                give the others, or call `clear` there.
 
         Returns:
             `Tokens` per view, in view order.
@@ -206,7 +180,7 @@ class TokenTap:
         """As `take`, with what stands before the patch tokens, and with the layers."""
         forwards = self._waiting.forwards()
         self.clear()
-        given = _given_views(views)
+        given = given_views(views)
         if not forwards:
             raise ShapeError(
                 "`views`: no forward was collected since the last `take`. The tap listens while "
@@ -228,13 +202,13 @@ class TokenTap:
             view_size = int(forward.images[1]), int(forward.images[2])
             for start in range(0, forward.images[0], batch):
                 view = given[len(found)]
-                _check_view(len(found), view, view_size, batch)
+                check_view(len(found), view, view_size, batch)
                 found.append(self._view(forward, view_size, slice(start, start + batch), view))
         return found
 
     def clear(self) -> None:
         """Forget what was not taken."""
-        self._waiting = _Waiting(None, None)
+        self._waiting = Waiting(None, None)
 
     def remove(self) -> None:
         """Stop listening, for good."""
@@ -246,7 +220,7 @@ class TokenTap:
     def __getstate__(self) -> dict[str, Any]:
         # A copy listens to nothing, as the copied model's hooks do nothing.
         nothing = {"_handles": [], "_seen": [], "_open": False, "enabled": False}
-        return {**self.__dict__, **nothing, "_waiting": _Waiting(None, None)}
+        return {**self.__dict__, **nothing, "_waiting": Waiting(None, None)}
 
     def _begin(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if getattr(backbone, "_is_replica", False):
@@ -261,7 +235,7 @@ class TokenTap:
         if not self._open:
             self.clear()
             return
-        self._images = _image_sizes([*args, *kwargs.values()])
+        self._images = image_sizes([*args, *kwargs.values()])
         self._seen = [[] for _ in self._names]
 
     def _see(self, place: int, module: nn.Module, args: Any, output: Any) -> None:
@@ -271,9 +245,9 @@ class TokenTap:
             raise _checkpointed(self._names[place])
         name, count = self._names[place], len(self._images)
         if isinstance(output, list) and 1 < count == len(output):  # DINOv2's blocks
-            self._seen[place].extend([_tensor_of(part, name) for part in output])
+            self._seen[place].extend([tensor_of(part, name) for part in output])
         else:
-            self._seen[place].append(_tensor_of(output, name))
+            self._seen[place].append(tensor_of(output, name))
 
     def _end(self, backbone: nn.Module, args: Any, output: Any) -> None:
         if not self._open:
@@ -292,8 +266,8 @@ class TokenTap:
                     "and give as `backbone` what takes the images, not the wrapper that calls it"
                 )
         for images, output_of_images, *layers in zip(self._images, *seen, strict=True):
-            forward = _Forward(images, output_of_images, tuple(layers))
-            self._waiting = _Waiting(self._waiting, forward)
+            forward = Forward(images, output_of_images, tuple(layers))
+            self._waiting = Waiting(self._waiting, forward)
         if self._grad:
             self._had_grad = True
         if self._waiting.count > _MOST_WAITING:
@@ -306,18 +280,20 @@ class TokenTap:
 
     def _view(
         self,
-        forward: _Forward,
+        forward: Forward,
         view_size: tuple[int, int],
         rows: slice,
         view: CropGeometry | Tensor | None,
     ) -> TappedView:
         grid, images = self.grid(view_size), int(forward.images[0])
         (prefix, tokens), *layers = [
-            _split(values, images, rows, grid, self.num_prefix_tokens, name)
+            split_tokens(values, images, rows, grid, self.num_prefix_tokens, name)
             for values, name in zip((forward.output, *forward.layers), self._names, strict=True)
         ]
+        # loaders leave geometries on the CPU, which is where their sizes can be looked at for free
+        geometry = view.to(tokens.device) if isinstance(view, CropGeometry) else None
         return TappedView(
-            Tokens(tokens, view if isinstance(view, CropGeometry) else None, grid),
+            Tokens(tokens, geometry, grid),
             prefix,
             tuple(patches for _, patches in layers),
             tuple(first for first, _ in layers),
@@ -341,17 +317,6 @@ class _Hook:
         return _Hook, (None,)
 
 
-class _PatchGrid:
-    """The grid of a view that is cut into patches from its upper left corner."""
-
-    def __init__(self, height: int, width: int) -> None:
-        self.height, self.width = height, width
-
-    def __call__(self, view_size: tuple[int, int]) -> TokenGrid:
-        cut = Step((self.height, self.width), (self.height, self.width))
-        return grid_of_steps([cut], view_size)
-
-
 def _no_data_parallel() -> ConfigError:
     return ConfigError(
         "`backbone`: DataParallel runs replicas in threads, whose tokens would come in any order "
@@ -372,206 +337,3 @@ def _in_backward() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._current_graph_task_id() != -1
-
-
-def _module_of(backbone: nn.Module, name: str) -> nn.Module:
-    try:
-        return backbone.get_submodule(name)
-    except AttributeError as error:
-        names = [child for child, _ in backbone.named_modules() if child]
-        close = difflib.get_close_matches(name, names, n=4) or [
-            child for child in names if "." not in child
-        ]
-        raise ConfigError(
-            f"`module` or `layers`: {type(backbone).__name__} has no module {name!r}; "
-            f"it has {', '.join(close)}"
-        ) from error
-
-
-def _refuse_compiled(backbone: nn.Module, name: str) -> None:
-    """Refuse where the module, or one around it within the backbone, is compiled already."""
-    path = name.split(".") if name else []
-    for depth in range(len(path) + 1):
-        part = backbone.get_submodule(".".join(path[:depth]))
-        if getattr(part, "_compiled_call_impl", None) is not None or "_orig_mod" in part._modules:
-            raise ConfigError(
-                f"`backbone`: its part {'.'.join(path[:depth])!r} ({type(part).__name__}) is "
-                "compiled already, and a compiled graph does not look for hooks that were added "
-                "later; make the TokenTap first, then call torch.compile"
-            )
-
-
-def _default_grid(
-    backbone: Any, patch_size: int | tuple[int, int] | None
-) -> Callable[[tuple[int, int]], TokenGrid]:
-    kind = type(backbone)
-    if patch_size is None:
-        if callable(own := getattr(backbone, "token_grid", None)):
-            return functools.partial(_asked, own)
-        steps = known_steps(backbone) if kind.__module__.startswith("timm.") else None
-        if steps is not None:
-            return functools.partial(grid_of_steps, steps)
-    # A stem of overlapping convolutions has its tokens' centres elsewhere (a ResNet's at 32i + 0.5)
-    # and the same count of them: no check of shapes would ever see it.
-    first = next((part for part in backbone.modules() if isinstance(part, nn.Conv2d)), None)
-    if first is not None and not _cuts(first):
-        raise ConfigError(
-            f"`grid`: {kind.__name__} begins with {first}, which does not cut a view into patches, "
-            "so a patch size does not say where the tokens lie; give `grid`, such as "
-            "TimmBackbone(model).token_grid or what measure_token_grid finds"
-        )
-    size: Any = patch_size
-    if size is None and first is not None:
-        size = first.kernel_size
-    if size is None:
-        raise ConfigError(
-            f"`patch_size`: {kind.__name__} has no convolution that would say how large its "
-            "patches are; give `patch_size`, or `grid` if its tokens are not the cells of a view "
-            "cut into patches"
-        )
-    height, width = (size, size) if isinstance(size, int) else size
-    return _PatchGrid(
-        check_at_least("patch_size", height, 1), check_at_least("patch_size", width, 1)
-    )
-
-
-def _asked(token_grid: Any, view_size: tuple[int, int]) -> TokenGrid:
-    found = token_grid(view_size)
-    if not isinstance(found, TokenGrid):
-        raise ConfigError(
-            f"`grid`: the backbone's own `token_grid` gives {type(found).__name__}, not a "
-            "TokenGrid; give `grid` or `patch_size`"
-        )
-    return found
-
-
-def _cuts(convolution: nn.Conv2d) -> bool:
-    padded = convolution.padding not in ((0, 0), "valid")
-    return (
-        convolution.kernel_size == convolution.stride
-        and not padded
-        and convolution.dilation == (1, 1)
-    )
-
-
-def _num_prefix_tokens(backbone: Any) -> int:
-    own = getattr(backbone, "num_prefix_tokens", None)  # timm's
-    if isinstance(own, int):
-        return own
-    return sum(
-        int(parameter.shape[-2])
-        for name, parameter in backbone.named_parameters()
-        if name.rpartition(".")[2] in _PREFIX_PARAMETERS and parameter.dim() >= 2
-    )
-
-
-def _image_sizes(inputs: Sequence[Any]) -> list[tuple[int, int, int]]:
-    for value in inputs:
-        images = value if isinstance(value, (list, tuple)) else [value]
-        if images and all(isinstance(image, Tensor) and image.dim() == 4 for image in images):
-            # no int(): that would compile one graph for each size where shapes are dynamic
-            return [(image.shape[0], image.shape[2], image.shape[3]) for image in images]
-    raise ShapeError(
-        "`backbone` was called without images: among its arguments must be a tensor (b, c, h, w) "
-        f"or a list of such tensors, got {[type(value).__name__ for value in inputs]}"
-    )
-
-
-def _tensor_of(output: Any, name: str) -> Tensor:
-    found = getattr(output, "last_hidden_state", output)
-    if isinstance(found, dict):
-        found = found.get("last_hidden_state", found)
-    if isinstance(found, (tuple, list)) and found:
-        found = found[0]
-    if not isinstance(found, Tensor) or found.dim() not in (3, 4):
-        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        raise ShapeError(
-            f"`module`: the output of {name!r} must be tokens (b, n, d) or a map "
-            f"(b, d, rows, cols), got {got}"
-        )
-    return found
-
-
-def _split(
-    values: Tensor, images: int, rows: slice, grid: TokenGrid, prefix: int, name: str
-) -> tuple[Tensor, Tensor]:
-    """What stands before the patch tokens, and these, of the images that ``rows`` says."""
-    if values.shape[0] != images:
-        raise ShapeError(
-            f"`module`: the output of {name!r} is {tuple(values.shape)} for {images} images; its "
-            "first axis must be the images: tap a module that keeps them apart"
-        )
-    values = values[rows]
-    if values.dim() == 4:
-        tokens = _tokens_of_map(values, grid, name)
-        return tokens[:, :0], tokens
-    if values.shape[1] != prefix + grid.num_tokens:
-        raise ShapeError(
-            f"`module`: {name!r} gives {values.shape[1]} tokens, but {prefix} before a grid of "
-            f"{grid.rows} x {grid.cols} make {prefix + grid.num_tokens}; give the right "
-            "`num_prefix_tokens`, `patch_size` or `grid`; a layer with another grid takes a tap "
-            "of its own"
-        )
-    return values[:, :prefix], values[:, prefix:]
-
-
-def _tokens_of_map(values: Tensor, grid: TokenGrid, name: str) -> Tensor:
-    shape, cells = tuple(values.shape), (grid.rows, grid.cols)
-    channels_first, channels_last = shape[2:] == cells, shape[1:3] == cells
-    if channels_first == channels_last:
-        why = (
-            "may be (b, d, rows, cols) or (b, rows, cols, d); tap a module that gives tokens "
-            "(b, n, d)"
-            if channels_first
-            else "is neither (b, d, rows, cols) nor (b, rows, cols, d) of them; give the right "
-            "`patch_size` or `grid`; a layer with another grid takes a tap of its own"
-        )
-        raise ShapeError(
-            f"`module`: the map of {name!r} has the shape {shape}, and with the grid's "
-            f"{grid.rows} rows and {grid.cols} cols {why}"
-        )
-    return values.flatten(2).mT if channels_first else values.flatten(1, 2)
-
-
-def _given_views(
-    views: int | Sequence[CropGeometry] | Sequence[Tensor],
-) -> Sequence[CropGeometry | Tensor | None]:
-    if isinstance(views, int):
-        return [None] * check_at_least("views", views, 1)
-    # a CropGeometry is a tuple of three tensors: it would pass for three views
-    alone = isinstance(views, (CropGeometry, Tensor)) or not isinstance(views, Sequence)
-    if alone or not views or not all(isinstance(view, (CropGeometry, Tensor)) for view in views):
-        raise ShapeError(
-            "`views` must be how many views there were, or a list with one CropGeometry or one "
-            f"tensor (b, c, h, w) per view, got {type(views).__name__}"
-        )
-    return views
-
-
-def _check_view(
-    place: int, view: CropGeometry | Tensor | None, view_size: tuple[int, int], batch: int
-) -> None:
-    if view is None:
-        return
-    if isinstance(view, CropGeometry):
-        known = view.matrix.dim() == 3
-        images = view.matrix.shape[0] if known else None
-        wanted, got = f"a matrix ({batch}, 3, 3)", tuple(view.matrix.shape)
-        visible = values_visible(view.view_size)
-        sizes = {tuple(size) for size in view.view_size.tolist()} if known and visible else None
-    else:
-        images = view.shape[0]
-        wanted, got = f"the shape ({batch}, c, height, width)", tuple(view.shape)
-        sizes = {tuple(view.shape[-2:])}
-    if images != batch:
-        raise ShapeError(
-            f"`views`: entry {place} must have {wanted}, as the forwards since the last `take` had "
-            f"{batch} images a view, got {got}; was a step before this one not taken? `clear` "
-            "where a step is left out"
-        )
-    if sizes is not None and sizes != {view_size}:
-        raise ShapeError(
-            f"`views`: entry {place} is that of views of {sorted(sizes)}, but the backbone was "
-            f"given views of {view_size} (height, width); are they in the order in which the "
-            "wrapper calls its backbone?"
-        )
