@@ -30,6 +30,32 @@ def test_the_pages_with_code_are_found():
     assert {"index.md", "getting-started.md", "conventions.md", "../README.md"} <= set(PAGES)
 
 
+def test_a_text_block_is_what_the_code_before_it_prints(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("""
+```python
+print("loss", 1.23)
+```
+
+```text
+loss 1.25
+```
+
+```python
+print(2)
+```
+""")
+    run_page.run(page)
+    page.write_text(page.read_text().replace("1.25", "1.5"))
+    with pytest.raises(AssertionError, match="block 1 prints"):
+        run_page.run(page)
+    assert not run_page.is_like("loss 1.23\n2", "loss 1.23")
+    assert not run_page.is_like("gain 1.23", "loss 1.23")
+    assert run_page.is_like("[1,\n 2]", "[1, 2]")
+    assert run_page.is_like("a\nb\nc", "a\n...")
+    assert not run_page.is_like("b\nb\nc", "a\n...")
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_code_on_the_page_runs_and_draws_the_pictures_that_are_there(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
