@@ -15,7 +15,7 @@ from local_distill.benchmarking.plain_forms import (
     plain_local_loss,
     plain_vicreg_loss,
 )
-from local_distill.benchmarking.sizes import SIZES, Step, step
+from local_distill.benchmarking.sizes import Step, named_size, step
 from local_distill.benchmarking.work import loss_from_logits_work, loss_from_prototypes_work
 from local_distill.losses.global_distillation import GlobalDistillationLoss
 from local_distill.losses.koleo import KoLeoLoss
@@ -41,7 +41,7 @@ def loss_cases(settings: Settings) -> Iterator[Case]:
     """The local loss, from logits and from features, for each size; then those of whole views."""
     names = settings.sizes or _DEFAULT_SIZES
     for name in names:
-        size = SIZES[name]._replace(features=1)  # places alone are wanted
+        size = named_size(name)._replace(features=1)  # places alone are wanted
         made = step(size, settings.batch, device=settings.device).without_features()
         label = f"{name}, b = {settings.batch}, {settings.prototypes} prototypes"
         yield _from_logits(f"{label}: local loss from logits", made, settings)
@@ -50,7 +50,7 @@ def loss_cases(settings: Settings) -> Iterator[Case]:
     yield _global(f"{label}, {settings.prototypes} prototypes: global loss", settings)
     if settings.batch < 2:
         return  # the rest compares images with each other
-    width = SIZES[names[0]].features
+    width = named_size(names[0]).features
     yield _koleo(f"{label}, {width} features: KoLeo", width, settings)
     width = _EMBEDDING // 8 if settings.quick else _EMBEDDING
     yield _vicreg(f"{label}, {width} features: VICReg", width, settings)

@@ -17,7 +17,7 @@ from local_distill.benchmarking.plain_forms import (
     plain_distances,
     plain_similarities,
 )
-from local_distill.benchmarking.sizes import SIZES, Step, step
+from local_distill.benchmarking.sizes import Step, named_size, step
 from local_distill.benchmarking.work import nearest_work, similarity_work
 from local_distill.matching.bilinear import BilinearMatcher
 from local_distill.matching.gated_similarity import GatedSimilarityMatcher
@@ -46,7 +46,7 @@ def matcher_cases(settings: Settings) -> Iterator[Case]:
     }
     default = _DEFAULT_SIZES[:1] if settings.quick else _DEFAULT_SIZES
     for name in settings.sizes or default:
-        made = step(SIZES[name], settings.batch, device=settings.device, dtype=settings.dtype)
+        made = step(named_size(name), settings.batch, device=settings.device, dtype=settings.dtype)
         alone = [key for key, matcher in own.items() if works_without_features(key, matcher, made)]
         by_place = {key: own[key] for key in alone}
         by_features = {key: matcher for key, matcher in own.items() if key not in alone}

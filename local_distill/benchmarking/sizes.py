@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -13,7 +14,17 @@ from local_distill.geometry import from_box
 from local_distill.matching.match_views import cross_view_pairs
 from local_distill.structures import TokenGrid, Tokens
 
-__all__ = ["GLOBAL_VIEWS", "LOCAL_VIEWS", "SIZES", "SOURCE", "Size", "Step", "check_sizes", "step"]
+__all__ = [
+    "GLOBAL_VIEWS",
+    "LOCAL_VIEWS",
+    "SIZES",
+    "SOURCE",
+    "Size",
+    "Step",
+    "check_sizes",
+    "named_size",
+    "step",
+]
 
 GLOBAL_VIEWS, LOCAL_VIEWS = 2, 8
 SOURCE = (375, 500)  # height and width of the images, px: ImageNet's usual ones
@@ -46,6 +57,9 @@ SIZES = {
 }
 
 
+_OWN = re.compile(r"(\d+)\+(\d+)/(\d+):(\d+)")
+
+
 class Step(NamedTuple):
     """The tokens of one training step.
 
@@ -70,11 +84,42 @@ class Step(NamedTuple):
         return Step(student, teacher, self.pairs)
 
 
-def check_sizes(names: Iterable[str]) -> tuple[str, ...]:
-    """The names, if `SIZES` has them all.
+def named_size(name: str) -> Size:
+    """One of `SIZES`, or one of your own: ``global+local/patch:features``.
+
+    Args:
+        name: such as ``"S/16"``, or ``"48+24/8:192"`` for global views of 48 px and local ones of
+            24 px, in patches of 8 px, of 192 features each.
 
     Raises:
-        ConfigError: a name that is not there.
+        ConfigError: neither of both, or patches that do not divide the views.
+
+    Example:
+        >>> named_size("48+24/8:192")
+        Size(global_side=6, local_side=3, features=192, global_pixels=48, local_pixels=24)
+    """
+    if name in SIZES:
+        return SIZES[name]
+    found = _OWN.fullmatch(name)
+    if found is None:
+        raise ConfigError(
+            f"no size {name!r}; there are {', '.join(SIZES)}; say your own as "
+            "global+local/patch:features, such as 48+24/8:192"
+        )
+    large, small, patch, features = map(int, found.groups())
+    if not (patch and features and large and small) or large % patch or small % patch:
+        raise ConfigError(
+            f"size {name!r}: views of {large} and {small} px are not made of patches of {patch} px "
+            f"with {features} features; give sides that are multiples of the patch"
+        )
+    return Size(large // patch, small // patch, features, large, small)
+
+
+def check_sizes(names: Iterable[str]) -> tuple[str, ...]:
+    """The names, if `named_size` knows them all.
+
+    Raises:
+        ConfigError: a name that it does not know.
 
     Example:
         >>> check_sizes(["S/16"])
@@ -82,8 +127,7 @@ def check_sizes(names: Iterable[str]) -> tuple[str, ...]:
     """
     names = tuple(names)
     for name in names:
-        if name not in SIZES:
-            raise ConfigError(f"no size {name!r}; there are {', '.join(SIZES)}")
+        named_size(name)
     return names
 
 

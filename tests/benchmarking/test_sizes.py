@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from local_distill.benchmarking.sizes import SIZES, SOURCE, Size, check_sizes, step
+from local_distill.benchmarking.sizes import SIZES, SOURCE, Size, check_sizes, named_size, step
 from local_distill.errors import ConfigError
 
 
@@ -56,3 +56,11 @@ def test_the_same_step_each_time():
 def test_an_unknown_size_is_refused():
     with pytest.raises(ConfigError, match=r"no size 'S16'; there are Swin, S/16, S/8, L/14"):
         check_sizes(["Swin", "S16"])
+
+
+@pytest.mark.parametrize("name", ["48+20/8:192", "48+24/0:192", "48/8:192", "48+24/8"])
+def test_a_size_of_ones_own_must_fit(name):
+    with pytest.raises(ConfigError, match="size"):
+        named_size(name)
+    assert check_sizes(["56+28/14:32"]) == ("56+28/14:32",)
+    assert named_size("56+28/14:32") == Size(4, 2, 32, 56, 28)
