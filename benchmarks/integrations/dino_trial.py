@@ -9,20 +9,17 @@ docs/integrations/dino.md. `SIZES` are theirs, smaller: the crops' sizes stand i
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.integrations.trial import (
     Change,
-    apply_changes,
-    commit_of,
-    copy_of,
+    Started,
     fall,
     run_on_cpu,
+    started,
     write_scene_folders,
 )
 
@@ -123,34 +120,24 @@ IMAGES, FEW, BATCH, OUT_DIM = 1280, 120, 8, 128
 
 def main() -> None:
     """Print the figures of docs/integrations/dino.md, and fail where one is not as it should be."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("clone", type=Path)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    given = parser.parse_args()
-    work = given.work.resolve()
-    code = copy_of(given.clone, work / "code")
-    count = apply_changes(code, OURS)
-    apply_changes(code, SIZES)
-    data = work / "scenes"
-    if not data.exists():
-        write_scene_folders(data, IMAGES, 96)
-    print(json.dumps({"commit": commit_of(given.clone), **count._asdict()}))
-    for processes in given.processes:
-        print(json.dumps(_train(work, code, data, processes)), flush=True)
-    if 1 in given.processes:
-        few = work / "few-scenes"
+    trial = started(__doc__.splitlines()[0], OURS, SIZES, IMAGES, 96)
+    for processes in trial.processes:
+        print(json.dumps(_train(trial, processes)), flush=True)
+    if 1 in trial.processes and trial.with_ours:
+        few = trial.work / "few-scenes"
         if not few.exists():
             write_scene_folders(few, FEW, 96)
-        print(json.dumps(_resume(work, code, few)))
+        print(json.dumps(_resume(trial._replace(data=few))))
 
 
-def _train(work: Path, code: Path, data: Path, processes: int) -> dict[str, Any]:
-    out = work / f"run{processes}"
+def _train(trial: Started, processes: int) -> dict[str, Any]:
+    out = trial.work / f"run{processes}"
     (out / "checkpoint.pth").unlink(missing_ok=True)
-    run = _run(work, code, data, out, processes, epochs=1)
-    terms = {name: fall(run["ranks"][0]["losses"][name]) for name in TERMS}
-    missing = _missing(out / "checkpoint.pth")
+    run = _run(trial, processes, epochs=1)
+    names, state = (TERMS, STATE) if trial.with_ours else (TERMS[:1], {})
+    terms = {name: fall(run["ranks"][0]["losses"][name]) for name in names}
+    saved = torch.load(out / "checkpoint.pth", map_location="cpu", weights_only=False)
+    missing = [name for part, name in state.items() if name not in saved[part]]
     ok = all(term.falling for term in terms.values()) and not missing
     ok = ok and all(rank["ranks_agree"] for rank in run["ranks"])
     assert ok, (terms, missing, [rank["ranks_agree"] for rank in run["ranks"]])
@@ -158,17 +145,17 @@ def _train(work: Path, code: Path, data: Path, processes: int) -> dict[str, Any]
         "processes": processes,
         "seconds": run["seconds"],
         "terms": {name: term._asdict() for name, term in terms.items()},
-        "in the checkpoint": list(STATE.values()),
+        "in the checkpoint": list(state.values()),
         "ranks agree": run["ranks"][0]["ranks_agree"],
     }
 
 
-def _resume(work: Path, code: Path, data: Path) -> dict[str, Any]:
+def _resume(trial: Started) -> dict[str, Any]:
     """A short epoch more from the checkpoint: the local loss goes on where it was."""
-    out = work / "run1"
+    work, out = trial.work, trial.work / "run1"
     before = torch.load(out / "checkpoint.pth", map_location="cpu", weights_only=False)
     first = json.loads((work / "record1-epochs1" / "rank0.json").read_text())["losses"]
-    run = _run(work, code, data, out, 1, epochs=2)
+    run = _run(trial, 1, epochs=2)
     after = torch.load(out / "checkpoint.pth", map_location="cpu", weights_only=False)
     log = (work / "record1-epochs2" / "log.txt").read_text()
     name = "LocalDistillationLoss"
@@ -187,26 +174,21 @@ def _resume(work: Path, code: Path, data: Path) -> dict[str, Any]:
     return {"resumed": losses, "loaded whole": loaded}
 
 
-def _run(
-    work: Path, code: Path, data: Path, out: Path, processes: int, *, epochs: int
-) -> dict[str, Any]:
+def _run(trial: Started, processes: int, *, epochs: int) -> dict[str, Any]:
+    out = trial.work / f"run{processes}"
     out.mkdir(parents=True, exist_ok=True)
+    terms = TERMS if trial.with_ours else TERMS[:1]
     arguments = f"""
         --arch vit_tiny --patch_size 16 --out_dim {OUT_DIM} --local_crops_number 2 --use_fp16 false
         --epochs {epochs} --batch_size_per_gpu {BATCH // processes} --warmup_epochs 0 --lr 0.032
         --freeze_last_layer 0 --drop_path_rate 0 --num_workers 0 --momentum_teacher 0.9995
         --warmup_teacher_temp 0.01 --teacher_temp 0.01
     """.split()
-    arguments += ["--data_path", str(data), "--output_dir", str(out)]
-    record = work / f"record{processes}-epochs{epochs}"
+    arguments += ["--data_path", str(trial.data), "--output_dir", str(out)]
+    record = trial.work / f"record{processes}-epochs{epochs}"
     return run_on_cpu(
-        code / _MAIN, arguments, record=record, options=[",".join(TERMS)], processes=processes
+        trial.code / _MAIN, arguments, record=record, options=[",".join(terms)], processes=processes
     )
-
-
-def _missing(checkpoint: Path) -> list[str]:
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=False)
-    return [name for part, name in STATE.items() if name not in saved[part]]
 
 
 if __name__ == "__main__":

@@ -10,23 +10,13 @@ GPUs, xformers, FSDP and ImageNet is in `dinov2_on_cpu`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.integrations.trial import (
-    Change,
-    apply_changes,
-    commit_of,
-    copy_of,
-    fall,
-    run_on_cpu,
-    write_scene_folders,
-)
+from benchmarks.integrations.trial import Change, Started, fall, run_on_cpu, started
 
 __all__ = ["OURS"]
 
@@ -137,51 +127,40 @@ IMAGES, BATCH = 1280, 8
 
 def main() -> None:
     """Print the figures of docs/integrations/dinov2.md, and fail where one is not as it should."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("clone", type=Path)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
-    given = parser.parse_args()
-    work = given.work.resolve()
-    code = copy_of(given.clone, work / "code")
-    count = apply_changes(code, OURS)
-    apply_changes(code, SHIMS)
-    data = work / "scenes"
-    if not data.exists():
-        write_scene_folders(data, IMAGES, 64)
-    (work / "trial.yaml").write_text(SETTINGS)
-    print(json.dumps({"commit": commit_of(given.clone), **count._asdict()}), flush=True)
-    for processes in given.processes:
-        print(json.dumps(_train(work, code, data, processes)), flush=True)
+    trial = started(__doc__.splitlines()[0], OURS, SHIMS, IMAGES, 64)
+    (trial.work / "trial.yaml").write_text(SETTINGS)
+    for processes in trial.processes:
+        print(json.dumps(_train(trial, processes)), flush=True)
 
 
-def _train(work: Path, code: Path, data: Path, processes: int) -> dict[str, Any]:
-    out = work / f"run{processes}"
-    arguments = ["--config-file", str(work / "trial.yaml"), "--no-resume", "--output-dir"]
+def _train(trial: Started, processes: int) -> dict[str, Any]:
+    out = trial.work / f"run{processes}"
+    arguments = ["--config-file", str(trial.work / "trial.yaml"), "--no-resume", "--output-dir"]
     arguments += [str(out), f"train.batch_size_per_gpu={BATCH // processes}"]
     run = run_on_cpu(
-        code / _TRAIN,
+        trial.code / _TRAIN,
         arguments,
-        record=work / f"record{processes}",
-        options=[str(data)],
+        record=trial.work / f"record{processes}",
+        options=[str(trial.data)],
         processes=processes,
         runner="dinov2_on_cpu",
-        paths=[code],
+        paths=[trial.code],
     )
     terms = {name: fall(values) for name, values in run["ranks"][0]["losses"].items()}
     saved = torch.load(out / "model_final.rank_0.pth", map_location="cpu", weights_only=False)
-    missing = [name for name in STATE if name not in saved["model"]]
+    state = STATE if trial.with_ours else ()
+    missing = [name for name in state if name not in saved["model"]]
     assert not missing, missing
     figures = {
         "processes": processes,
         "seconds": run["seconds"],
         "terms": {name: term._asdict() for name, term in terms.items()},
-        "in the checkpoint": list(STATE),
+        "in the checkpoint": list(state),
         "ranks agree": [rank["ranks_agree"] for rank in run["ranks"]],
     }
     # Theirs are finite. Whether they fall is theirs to settle: the page tells where they did not.
     assert all(math.isfinite(term.last) for term in terms.values()), figures
-    assert terms["local_loss"].falling, figures
+    assert not trial.with_ours or terms["local_loss"].falling, figures
     assert all(figures["ranks agree"]), figures
     return figures
 

@@ -25,6 +25,7 @@ __all__ = [
     "lines_of_code",
     "run_named",
     "run_on_cpu",
+    "started",
     "write_scene_folders",
 ]
 
@@ -129,6 +130,53 @@ def write_scene_folders(to: Path, count: int, size: int) -> Path:
     return to
 
 
+class Started(NamedTuple):
+    """A trial that was begun.
+
+    Attributes:
+        processes: how many, one number for each run.
+        with_ours: whether our lines are in the copy.
+        work: folder for all that it writes.
+        code: the copy of their code.
+        data: folder of scenes.
+    """
+
+    processes: list[int]
+    with_ours: bool
+    work: Path
+    code: Path
+    data: Path
+
+
+def started(
+    description: str, ours: Sequence[Change], shims: Sequence[Change], images: int, size: int
+) -> Started:
+    """Read CLONE WORK from the command line, make the copy and the scenes, print the lines' count.
+
+    Args:
+        description: of the trial, in a line.
+        ours: what is counted, and left out with ``--without``.
+        shims: what else the copy needs here.
+        images: number of scenes.
+        size: their side, pixels.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("clone", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--without", action="store_true", help="run theirs without our lines")
+    given = parser.parse_args()
+    work = given.work.resolve()
+    code = copy_of(given.clone, work / "code")
+    count = apply_changes(code, () if given.without else ours)
+    apply_changes(code, shims)
+    data = work / "scenes"
+    if not data.exists():
+        write_scene_folders(data, images, size)
+    print(json.dumps({"commit": commit_of(given.clone), **count._asdict()}), flush=True)
+    return Started(given.processes, not given.without, work, code, data)
+
+
 def run_named(
     library: str,
     address: str,
@@ -211,15 +259,20 @@ def run_on_cpu(
     return {"ranks": ranks, "seconds": round(time.monotonic() - began)}
 
 
-def fall(values: Sequence[float]) -> Fall:
+def fall(values: Sequence[float], *, after: int = 0) -> Fall:
     """The means of the first and of the last fifth; NaN where a value is not finite.
+
+    Args:
+        values: of each step.
+        after: so many steps at the start are left out of the means.
 
     Raises:
         ValueError: fewer than five values.
     """
+    if not all(math.isfinite(value) for value in values):
+        return Fall(len(values), math.nan, math.nan)
+    values = values[after:]
     fifth = len(values) // 5
     if not fifth:
         raise ValueError(f"`values`: {len(values)} steps have no fifth; run at least 5")
-    if not all(math.isfinite(value) for value in values):
-        return Fall(len(values), math.nan, math.nan)
     return Fall(len(values), sum(values[:fifth]) / fifth, sum(values[-fifth:]) / fifth)

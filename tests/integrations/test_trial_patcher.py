@@ -55,6 +55,7 @@ def test_a_fall_is_that_of_the_fifths_and_nan_is_none():
     series = [10.0, 9, 8, 7, 6, 5, 4, 3, 2, 1]
     assert fall(series) == (10, 9.5, 1.5)
     assert fall(series).falling
+    assert fall([0.0, 0, *series], after=2) == fall(series)
     assert not fall(series[::-1]).falling
     assert not fall([*series, math.nan]).falling
     with pytest.raises(ValueError, match="at least 5"):
