@@ -76,17 +76,39 @@ def check_floating(name: str, value: Tensor) -> Tensor:
 
 
 def check_sequence(name: str, value: object, of: str) -> None:
-    """Refuse a bare tensor where one entry per view is wanted: looping would split its batch."""
-    if isinstance(value, Tensor) or not isinstance(value, Sequence):
+    """Refuse a bare tensor where one entry per view is wanted: looping would split its batch.
+
+    Nor a bare `Tokens`, `ViewOutput` or the like: a NamedTuple is a sequence of its parts.
+    """
+    alone = isinstance(value, tuple) and hasattr(value, "_fields")
+    if alone or isinstance(value, Tensor) or not isinstance(value, Sequence):
         raise ShapeError(
             f"`{name}` must be a list with {of} per view, got {type(value).__name__}; "
             f"wrap a single view as [{name}]"
         )
 
 
+def check_two_numbers(name: str, value: object, of: str) -> None:
+    """Refuse what is no pair of numbers, such as one number for both; a tensor (2,) passes."""
+    if isinstance(value, Tensor):
+        good = tuple(value.shape) == (2,)
+    else:
+        good = isinstance(value, (tuple, list)) and len(value) == 2
+    if not good:
+        fix = f"; for the same both ways ({value}, {value})"
+        number = isinstance(value, (int, float))
+        raise ShapeError(f"`{name}` must be a pair {of}, got {value!r}{fix if number else ''}")
+
+
 def check_view_pairs(pairs: Iterable[tuple[int, int]], students: int, teachers: int) -> None:
     """Refuse (student view, teacher view) pairs of views that are not there."""
-    for v, q in pairs:
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ShapeError(
+                "`pairs` must hold pairs (student view, teacher view), got the entry "
+                f"{pair!r}; wrap a single pair as [(v, q)]"
+            )
+        v, q = pair
         if not (0 <= v < students and 0 <= q < teachers):
             raise ShapeError(
                 f"`pairs` names ({v}, {q}) but there are {students} student and {teachers} "

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from local_distill._check import Axes, check_at_least, check_positive
+from local_distill._check import Axes, check_at_least, check_positive, check_two_numbers
 from local_distill._precision import at_least_float32, no_autocast
 from local_distill.errors import ShapeError
 
@@ -83,9 +83,15 @@ class TokenGrid(NamedTuple):
 
     @classmethod
     def tiling(cls, rows: int, cols: int, view_size: tuple[int, int]) -> TokenGrid:
-        """The grid whose cells tile a view of ``view_size`` (height, width) without a rest."""
+        """The grid whose cells tile a view of ``view_size`` (height, width) without a rest.
+
+        Raises:
+            ShapeError: a view size that is no pair.
+            ConfigError: rows, columns or a side below 1.
+        """
         check_at_least("rows", rows, 1)
         check_at_least("cols", cols, 1)
+        check_two_numbers("view_size", view_size, "(height, width)")
         height, width = (check_positive("view_size", float(side)) for side in view_size)
         stride = (width / cols, height / rows)
         return cls(rows, cols, stride, (stride[0] / 2, stride[1] / 2))

@@ -20,7 +20,7 @@ from local_distill.kernels.paired_cross_entropy import (
     can_work_in_blocks,
 )
 from local_distill.losses._fused_pairs import can_fuse, fused_cross_entropy
-from local_distill.structures import Matches, PrototypeLogits, TeacherTargets
+from local_distill.structures import Matches, PrototypeLogits, Targets, TeacherTargets
 
 Normalize = Literal["all", "matched", "image"]
 Pair = tuple[int, int]
@@ -60,6 +60,56 @@ def check_normalize(value: str) -> Normalize:
     return known
 
 
+def check_loss_targets(targets: Targets) -> Targets:
+    """Return what can turn teacher logits into distributions and learn from them."""
+    if isinstance(targets, type):
+        raise ConfigError(
+            "`targets` must turn teacher logits into distributions, such as "
+            f"Centering(num_prototypes), got the class {targets.__name__}; make one of it"
+        )
+    if not callable(targets) or not callable(getattr(targets, "update", None)):
+        raise ConfigError(
+            "`targets` must be called with teacher logits and have `update`, such as "
+            f"Centering(num_prototypes), got {targets!r}"
+        )
+    return targets
+
+
+def check_matches_of_pairs(
+    matches: Mapping[Pair, Matches], students: int, teachers: int, *, theirs: str = "teacher"
+) -> None:
+    """Refuse what is no ``{(v, q): Matches}`` of views that are there.
+
+    Args:
+        matches: what was given, such as the `Matches` of one pair.
+        students: number of student views.
+        teachers: number of the other views.
+        theirs: what messages call the other views.
+    """
+    if not isinstance(matches, Mapping):
+        raise ShapeError(
+            f"`matches` must be a dict {{(v, q): Matches}}, got {type(matches).__name__}; "
+            f"match_views gives one; of student view v and {theirs} view q alone say "
+            "{(v, q): matches}"
+        )
+    for pair, found in matches.items():
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise ShapeError(
+                f"`matches` must have keys (student view, {theirs} view), got the key "
+                f"{pair!r}; say {{(v, q): matches}}"
+            )
+        if not (0 <= pair[0] < students and 0 <= pair[1] < teachers):
+            raise ShapeError(
+                f"`matches` has the pair {pair} but there are {students} student and {teachers} "
+                f"{theirs} views; keys are (student view, {theirs} view)"
+            )
+        if not isinstance(found, Matches):
+            raise ShapeError(
+                f"`matches[{pair}]` must be Matches(teacher_index, weight, cost), got "
+                f"{type(found).__name__}"
+            )
+
+
 def check_pairs(
     student_logits: Sequence[Logits | None],
     teacher_logits: Sequence[Logits | None],
@@ -78,13 +128,9 @@ def check_pairs(
         last_axis: what they call the last axis.
     """
     ours, theirs = names
+    check_matches_of_pairs(matches, len(student_logits), len(teacher_logits))
     for pair, found in matches.items():
         v, q = pair
-        if not (0 <= v < len(student_logits) and 0 <= q < len(teacher_logits)):
-            raise ShapeError(
-                f"`matches` has the pair {pair} but there are {len(student_logits)} student and "
-                f"{len(teacher_logits)} teacher views; keys are (student view, teacher view)"
-            )
         axes = Axes()
         student, teacher = (
             axes.bind(name, stand_in(name, logits), f"b {tokens} {last_axis}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from local_distill._check import Axes, check_floating, check_sequence
 from local_distill._precision import at_least_float32
 from local_distill.errors import ShapeError
-from local_distill.losses._pairs import Pair, check_index
+from local_distill.losses._pairs import Pair, check_index, check_matches_of_pairs
 from local_distill.losses._unit_rows import unit_rows
 from local_distill.matching.match_views import cross_view_pairs
 from local_distill.structures import Matches
@@ -108,16 +108,12 @@ def _matched_views(
     layered: bool,
     with_own: bool,
 ) -> ViewRows:
+    check_matches_of_pairs(matches, len(student), len(targets), theirs="target")
     axes = Axes()
     own_layers: dict[int, Tensor] = {}
     bound_targets: dict[int, Tensor] = {}
     for pair, found in matches.items():
         v, q = pair
-        if not (0 <= v < len(student) and 0 <= q < len(targets)):
-            raise ShapeError(
-                f"`matches` has the pair {pair} but there are {len(student)} student and "
-                f"{len(targets)} target views; keys are (student view, target view)"
-            )
         names = f"l b s{v} d" if layered else f"b s{v} d"
         bound = _bind(axes, f"student[{v}]", student[v], names)
         own_layers[v] = bound if layered else bound[None]

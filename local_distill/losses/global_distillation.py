@@ -17,7 +17,7 @@ from local_distill._check import (
 )
 from local_distill._logits import Logits, stand_in, with_token_axis
 from local_distill.errors import ShapeError
-from local_distill.losses._pairs import Pair, Processes, paired_cross_entropy
+from local_distill.losses._pairs import Pair, Processes, check_loss_targets, paired_cross_entropy
 from local_distill.matching.match_views import cross_view_pairs
 from local_distill.structures import Matches, Targets, TeacherTargets
 
@@ -39,7 +39,7 @@ class GlobalDistillationLoss(nn.Module):
         process_group: the processes over which gradients are averaged; None: all.
 
     Raises:
-        ConfigError: a temperature not above 0.
+        ConfigError: a temperature not above 0, targets that are none.
 
     Example:
         >>> from local_distill.targets import Centering
@@ -63,7 +63,7 @@ class GlobalDistillationLoss(nn.Module):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        self.targets = targets
+        self.targets = check_loss_targets(targets)
         self.student_temp = check_positive("student_temp", student_temp)
         self.process_group = process_group
 

@@ -14,7 +14,7 @@ from local_distill._check import Axes, check_floating, check_sequence
 from local_distill._precision import at_least_float32, no_autocast
 from local_distill.errors import ConfigError, ShapeError
 from local_distill.losses._batch_statistics import all_reduce_sum_with_gradient
-from local_distill.losses._pairs import Pair, Processes, check_index
+from local_distill.losses._pairs import Pair, Processes, check_index, check_matches_of_pairs
 from local_distill.losses._unit_rows import unit_directions
 from local_distill.structures import Matches
 
@@ -164,14 +164,14 @@ class GramAnchoringLoss(nn.Module):
         """
         check_sequence("student", student, "a tensor of features")
         check_sequence("teacher", teacher, "a tensor of features")
-        pairs: list[Pair] = (
-            [(q, q) for q, view in enumerate(teacher) if view is not None]
-            if matches is None
-            else list(matches)
-        )
+        if matches is None:
+            pairs: list[Pair] = [(q, q) for q, view in enumerate(teacher) if view is not None]
+        else:
+            check_matches_of_pairs(matches, len(student), len(teacher))
+            pairs = list(matches)
         patches = []
         for v, q in pairs:
-            if not (0 <= v < len(student) and 0 <= q < len(teacher)):
+            if v >= len(student):
                 raise ShapeError(
                     f"pair {(v, q)} names a view that is not there: there are {len(student)} "
                     f"student and {len(teacher)} teacher views"

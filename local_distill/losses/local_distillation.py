@@ -15,6 +15,7 @@ from local_distill.losses._pairs import (
     Normalize,
     Pair,
     Processes,
+    check_loss_targets,
     check_normalize,
     check_pairs,
     paired_cross_entropy,
@@ -50,7 +51,8 @@ def local_distillation_loss(
         A scalar in at least float32, differentiable in ``student_logits``, once. No collectives.
 
     Raises:
-        ShapeError: axes that do not fit; matches that point beyond the teacher's tokens.
+        ShapeError: axes that do not fit; matches that point beyond the teacher's tokens; targets
+            or matches of another type.
         ConfigError: a temperature not above 0, an unknown normalisation.
 
     Example:
@@ -62,6 +64,11 @@ def local_distillation_loss(
 
     Source: "Global-Local Self-Distillation" (WACV 2023); EsViT (ICLR 2022).
     """
+    if not isinstance(teacher_targets, TeacherTargets):
+        raise ShapeError(
+            "`teacher_targets` must be TeacherTargets(logits, offset, temp), as targets such as "
+            f"Centering give them, got {type(teacher_targets).__name__}"
+        )
     logits = [student_logits]
     check_pairs(logits, [teacher_targets.logits], {(0, 0): matches})
     return paired_cross_entropy(
@@ -90,7 +97,7 @@ class LocalDistillationLoss(nn.Module):
         process_group: the processes over which gradients are averaged; None: all.
 
     Raises:
-        ConfigError: a temperature not above 0, an unknown normalisation.
+        ConfigError: a temperature not above 0, an unknown normalisation, targets that are none.
 
     Example:
         >>> from local_distill.targets import Centering
@@ -117,7 +124,7 @@ class LocalDistillationLoss(nn.Module):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        self.targets = targets
+        self.targets = check_loss_targets(targets)
         self.student_temp = check_positive("student_temp", student_temp)
         self.normalize = check_normalize(normalize)
         self.process_group = process_group

@@ -2,6 +2,7 @@
 
 from local_distill.matching import diagnostics
 from local_distill.matching.bilinear import BilinearMatcher, bilinear_matches
+from local_distill.matching.check_pair import check_pair
 from local_distill.matching.clusters import Clusters
 from local_distill.matching.cross_image import CrossImageQueue
 from local_distill.matching.gated_similarity import (
@@ -39,6 +40,7 @@ __all__ = [
     "SinkhornMatcher",
     "SoftSimilarityMatcher",
     "bilinear_matches",
+    "check_pair",
     "cross_view_pairs",
     "diagnostics",
     "gated_similarity_matches",

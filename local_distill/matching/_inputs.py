@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from local_distill._check import Axes, check_floating
+from local_distill._geometric_inputs import check_tokens
 from local_distill.errors import ConfigError, ShapeError
 from local_distill.geometry import check_geometry, inside, wide_centers
 from local_distill.kernels.most_similar import Metric
@@ -35,6 +36,7 @@ def feature_side(name: str, tokens: Tokens) -> FeatureSide:
         name: the argument's name, for the messages.
         tokens: with features; geometry and grid are looked at where both are there.
     """
+    check_tokens(name, tokens)
     if tokens.features is None:
         raise ShapeError(
             f"`{name}` has no features, which a similarity matcher needs: "
@@ -44,11 +46,6 @@ def feature_side(name: str, tokens: Tokens) -> FeatureSide:
     features = check_floating(
         f"{name}.features", axes.bind(f"{name}.features", tokens.features, "b n d")
     ).detach()
-    if tokens.grid is not None and tokens.grid.num_tokens != features.shape[1]:
-        raise ShapeError(
-            f"`{name}.features` holds {features.shape[1]} tokens but its grid has "
-            f"{tokens.grid.num_tokens}; drop class and register tokens"
-        )
     return FeatureSide(features, _inside(name, tokens, axes))
 
 

@@ -56,7 +56,12 @@ def check_targets(name: str, index: Tensor, count: int, counted: str) -> None:
 
 def check_matcher(matcher: Matcher) -> Matcher:
     """Return what can be called as a matcher."""
-    if not callable(matcher) or isinstance(matcher, type):
+    if isinstance(matcher, type):
+        raise ConfigError(
+            "`matcher` must be a callable (student, teacher) -> Matches, such as "
+            f"NearestMatcher(), got the class {matcher.__name__}; make one: {matcher.__name__}()"
+        )
+    if not callable(matcher):
         raise ConfigError(
             "`matcher` must be a callable (student, teacher) -> Matches, such as "
             f"NearestMatcher(), got {matcher!r}"

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from local_distill._check import check_sequence, check_view_pairs
-from local_distill.errors import LocalDistillError, ShapeError
+from local_distill._geometric_inputs import check_token_parts
+from local_distill.errors import LocalDistillError
 from local_distill.structures import CropGeometry, Matcher, Matches, Tokens
 
 __all__ = ["match_stacked"]
@@ -98,11 +99,13 @@ def _form(tokens: Tokens, with_features: bool) -> list[object]:
 
 
 def _passes_features(tokens: Tokens, with_features: bool) -> bool:
-    """Whether the matcher is given features; those that don't fit the grid are, to be refused."""
-    features, grid = tokens.features, tokens.grid
+    """Whether the matcher is given features; those that don't fit the rest are, to be refused."""
+    features, geometry, grid = tokens
     if features is None:
         return False
-    return with_features or grid is None or features.shape[1:2] != (grid.num_tokens,)
+    if with_features or geometry is None or grid is None or features.dim() != 3:
+        return True
+    return tuple(features.shape[:2]) != (geometry.matrix.shape[0], grid.num_tokens)
 
 
 def _match_group(
@@ -159,19 +162,6 @@ def _match_one(matcher: Matcher, student: Tokens, teacher: Tokens, v: int, q: in
 
 def _check_views(name: str, views: Sequence[Tokens]) -> None:
     """Refuse what cannot be stacked because it is no `Tokens` of a `CropGeometry`."""
-    if isinstance(views, Tokens):  # a tuple itself, so that a sequence of its parts would be seen
-        raise ShapeError(
-            f"`{name}` must be a list with Tokens per view, got one Tokens; wrap it as [{name}]"
-        )
     check_sequence(name, views, "Tokens")
     for i, view in enumerate(views):
-        if not isinstance(view, Tokens):
-            raise ShapeError(
-                f"`{name}[{i}]` must be Tokens(features, geometry, grid), got {type(view).__name__}"
-            )
-        if view.geometry is not None and not isinstance(view.geometry, CropGeometry):
-            raise ShapeError(
-                f"`{name}[{i}].geometry` must be a CropGeometry or None, got "
-                f"{type(view.geometry).__name__}; build one with from_box, from_matrix or a "
-                "tracking transform"
-            )
+        check_token_parts(f"{name}[{i}]", view)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from local_distill._check import check_sequence, check_view_pairs
+from local_distill._geometric_inputs import check_token_parts, check_tokens
+from local_distill.matching._match_checks import check_matcher
 from local_distill.structures import Matcher, Matches, Tokens
 
 __all__ = ["cross_view_pairs", "match_views"]
@@ -42,7 +44,9 @@ def match_views(
         ``{(v, q): Matches}``, in the order of ``pairs``.
 
     Raises:
-        ShapeError: a pair names a view that is not there.
+        ConfigError: a matcher that cannot be called, or the class of one.
+        ShapeError: one `Tokens` where a list of views is wanted, a view that is no `Tokens`, or a
+            pair that names a view that is not there.
 
     Example:
         >>> import torch
@@ -55,6 +59,7 @@ def match_views(
         >>> sorted(match_views(NearestMatcher(), views, views))
         [(0, 1), (1, 0)]
     """
+    check_matcher(matcher)
     check_sequence("student", student, "Tokens")
     check_sequence("teacher", teacher, "Tokens")
     if pairs is None:
@@ -62,6 +67,11 @@ def match_views(
     pairs = list(pairs)
     check_view_pairs(pairs, len(student), len(teacher))
     own = getattr(matcher, "match_views", None)
+    # a matcher's own looks at the shapes again, and names the views itself
+    check = check_tokens if own is None else check_token_parts
+    for side, (name, views) in enumerate((("student", student), ("teacher", teacher))):
+        for view in dict.fromkeys(pair[side] for pair in pairs):
+            check(f"{name}[{view}]", views[view])
     if own is not None:
         result: dict[Pair, Matches] = own(student, teacher, pairs)
         return result

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from local_distill._check import check_sequence, check_view_pairs
 from local_distill.kernels.most_similar import Metric, most_similar
 from local_distill.matching._inputs import (
     FeatureSide,
@@ -97,7 +98,10 @@ class SimilarityMatcher(nn.Module):
         self, student: Sequence[Tokens], teacher: Sequence[Tokens], pairs: Iterable[Pair]
     ) -> dict[Pair, Matches]:
         """All pairs of views, each view made ready once; see `match_views`."""
+        check_sequence("student", student, "Tokens")
+        check_sequence("teacher", teacher, "Tokens")
         pairs = list(dict.fromkeys(pairs))
+        check_view_pairs(pairs, len(student), len(teacher))
         students = {v: feature_side(f"student[{v}]", student[v]) for v in {v for v, _ in pairs}}
         teachers = {q: feature_side(f"teacher[{q}]", teacher[q]) for q in {q for _, q in pairs}}
         for v, q in pairs:

@@ -95,17 +95,56 @@ def given_views(
     return views
 
 
+def check_numbers(given: Sequence[CropGeometry | Tensor | None], seen: int) -> None:
+    """Refuse views whose images are not as many as the network saw; a count says nothing here."""
+    images = [_images_of(place, view) for place, view in enumerate(given) if view is not None]
+    total = sum(images)
+    if not images or total == seen:
+        return
+    kind = "geometries" if all(isinstance(view, CropGeometry) for view in given) else "views"
+    each = str(images[0]) if len(set(images)) == 1 else ", ".join(map(str, images))
+    fitting = [end for end in range(1, len(images)) if sum(images[:end]) == seen]
+    if total and seen > total and seen % total == 0:
+        fix = (
+            "was a step before this one not taken, or a view not given? `clear` where a step is "
+            "left out"
+        )
+    elif fitting:
+        fix = f"give those of the views that this network saw, such as {kind}[:{fitting[0]}]"
+    else:
+        fix = "give those of all views that this network saw, and of no other"
+    raise ShapeError(
+        f"`views`: {len(images)} {kind} of {each} images make {total}, but the forwards since the "
+        f"last `take` had {seen}: {fix}"
+    )
+
+
+def _images_of(place: int, view: CropGeometry | Tensor) -> int:
+    if isinstance(view, CropGeometry):
+        shape, axes, wanted = view.matrix.shape, 3, "a matrix (b, 3, 3)"
+    else:
+        shape, axes, wanted = view.shape, 4, "the shape (b, c, height, width)"
+    if len(shape) == axes:
+        return int(shape[0])
+    how = ""
+    if isinstance(view, CropGeometry) and len(shape) == 2:
+        how = (
+            "; that of one image is batched by torch.utils.data.default_collate([geometry]), as a "
+            "loader's collate does it"
+        )
+    raise ShapeError(f"`views`: entry {place} must have {wanted}, got {tuple(shape)}{how}")
+
+
 def check_view(
     place: int, view: CropGeometry | Tensor | None, view_size: tuple[int, int], batch: int
 ) -> None:
     if view is None:
         return
     if isinstance(view, CropGeometry):
-        known = view.matrix.dim() == 3
-        images = view.matrix.shape[0] if known else None
+        images = view.matrix.shape[0]
         wanted, got = f"a matrix ({batch}, 3, 3)", tuple(view.matrix.shape)
         visible = values_visible(view.view_size)
-        sizes = {tuple(size) for size in view.view_size.tolist()} if known and visible else None
+        sizes = {tuple(size) for size in view.view_size.tolist()} if visible else None
     else:
         images = view.shape[0]
         wanted, got = f"the shape ({batch}, c, height, width)", tuple(view.shape)
@@ -113,8 +152,7 @@ def check_view(
     if images != batch:
         raise ShapeError(
             f"`views`: entry {place} must have {wanted}, as the forwards since the last `take` had "
-            f"{batch} images a view, got {got}; was a step before this one not taken? `clear` "
-            "where a step is left out"
+            f"{batch} images a view, got {got}; all views of a step have one batch"
         )
     if sizes is not None and sizes != {view_size}:
         raise ShapeError(

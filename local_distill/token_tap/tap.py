@@ -20,6 +20,7 @@ from local_distill.token_tap._backbone import (
     refuse_compiled,
 )
 from local_distill.token_tap._views import (
+    check_numbers,
     check_view,
     given_views,
     image_sizes,
@@ -190,6 +191,7 @@ class TokenTap:
                 "made does not see it"
             )
         sizes = [forward.images[0] for forward in forwards]
+        check_numbers(given, sum(sizes))
         batch, rest = divmod(sum(sizes), len(given))
         if rest or not batch or any(size % batch for size in sizes):
             raise ShapeError(

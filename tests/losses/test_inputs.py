@@ -10,13 +10,23 @@ from local_distill import (
     GlobalDistillationLoss,
     GlobalLocalDistillationLoss,
     LocalDistillationLoss,
+    MaskedDistillationLoss,
     Matches,
     NearestMatcher,
+    PrototypeLogits,
     ShapeError,
     TokenGrid,
     Tokens,
     ViewOutput,
+    local_distillation_loss,
     match_views,
+)
+from local_distill.losses import (
+    DenseContrastiveLoss,
+    GramAnchoringLoss,
+    MocoV3Objective,
+    NegativeQueue,
+    PixelConsistencyLoss,
 )
 
 
@@ -50,6 +60,14 @@ def matches(b=2, s=3, top=0):
         ({"matches": {(1, 0): None}}, r"pair \(1, 0\) but there are 1 student"),
         ({"matches": matches(top=4)}, "reaches 4"),
         ({"matches": matches(b=1)}, "axis `b`"),
+        ({"matches": matches()[0, 0]}, r"must be a dict {\(v, q\): Matches}, got Matches; match_v"),
+        ({"matches": [matches()[0, 0]]}, "`matches` must be a dict .*, got list"),
+        ({"matches": {(0, 0): None}}, r"`matches\[\(0, 0\)\]` must be Matches.*, got NoneType"),
+        ({"matches": {0: matches()[0, 0]}}, r"keys \(student view, teacher view\), got the key 0"),
+        (
+            {"student_logits": PrototypeLogits(torch.randn(2, 3, 4), torch.randn(5, 4))},
+            r"got PrototypeLogits; wrap a single view as \[student_logits\]",
+        ),
         ({"teacher_valid": [None, None]}, "`teacher_valid` has 2 views"),
         ({"teacher_valid": [torch.ones(2, 3, dtype=torch.bool)]}, r"`valid\[0\]`"),
     ],
@@ -75,6 +93,52 @@ def test_temperatures_must_be_above_zero(temp):
         LocalDistillationLoss(Centering(5), student_temp=temp)
     with pytest.raises(ConfigError, match="student_temp"):
         GlobalDistillationLoss(Centering(5), student_temp=temp)
+
+
+@pytest.mark.parametrize(
+    ("targets", "text"),
+    [
+        ("centering", r"called with teacher logits and have `update`, .*, got 'centering'"),
+        (Centering, "got the class Centering; make one of it"),
+        (None, "got None"),
+        (torch.nn.Softmax(-1), r"have `update`, .*, got Softmax"),
+    ],
+)
+@pytest.mark.parametrize(
+    "loss", [LocalDistillationLoss, GlobalDistillationLoss, MaskedDistillationLoss]
+)
+def test_targets_that_are_none(loss, targets, text):
+    with pytest.raises(ConfigError, match="`targets` must .*" + text):
+        loss(targets)
+
+
+def test_teacher_logits_for_targets():
+    parts = step()
+    with pytest.raises(ShapeError, match=r"`teacher_targets` must be TeacherTargets.*, got Tensor"):
+        local_distillation_loss(
+            parts["student_logits"][0], parts["teacher_logits"][0], matches()[0, 0]
+        )
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        DenseContrastiveLoss(NegativeQueue(6, dim=5)),
+        PixelConsistencyLoss(),
+        GramAnchoringLoss(),
+        MocoV3Objective(),
+    ],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_losses_on_features_refuse_the_matches_of_one_pair(loss):
+    student, teacher = [torch.randn(2, 3, 5)], [torch.randn(2, 3, 5)]
+    with pytest.raises(ShapeError, match=r"`matches` must be a dict .*, got Matches"):
+        loss(student, teacher, matches=matches()[0, 0])
+    with pytest.raises(
+        ShapeError, match=r"`matches` has the pair \(1, 0\) but there are 1 student"
+    ):
+        loss(student, teacher, matches={(1, 0): matches()[0, 0]})
+    assert loss(student, teacher, matches=matches()).isfinite()
 
 
 def test_unknown_normalization():

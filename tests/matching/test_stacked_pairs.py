@@ -164,8 +164,12 @@ def bad_matrix(view, value):
             r"`student\[3\].geometry` and `teacher\[1\].geometry` have different source sizes",
         ),
         (
-            lambda view: view._replace(geometry=random_geometry(1, (16, 16))),
+            lambda view: view._replace(features=None, geometry=random_geometry(1, (16, 16))),
             r"axis `b` is 1 in `student\[3\].*` but 2 in `teacher\[1\]",
+        ),
+        (
+            lambda view: view._replace(geometry=random_geometry(1, (16, 16))),
+            r"axis `b` is 1 in `student\[3\].*` but 2 in `student\[3\].features`",
         ),
         (
             lambda view: view._replace(geometry=view.geometry.matrix),

@@ -123,6 +123,16 @@ def test_tiling_refuses_nonsense():
         TokenGrid.tiling(0, 3, (8, 8))
     with pytest.raises(ConfigError, match="view_size"):
         TokenGrid.tiling(2, 3, (8, -8))
+    with pytest.raises(
+        ShapeError, match=r"`view_size` must be a pair \(height, width\), got 48; .*\(48, 48\)"
+    ):
+        TokenGrid.tiling(3, 5, 48)
+    for sizes in ((48,), (3, 24, 40), "48", None, torch.tensor(48)):
+        with pytest.raises(ShapeError, match="`view_size` must be a pair"):
+            TokenGrid.tiling(3, 5, sizes)
+    wanted = TokenGrid.tiling(3, 5, (24, 40))
+    for sizes in ([24, 40], torch.Size([24, 40]), torch.tensor([24, 40])):
+        assert TokenGrid.tiling(3, 5, sizes) == wanted
 
 
 def test_probs_are_of_the_float64_formula():

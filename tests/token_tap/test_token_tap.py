@@ -9,7 +9,7 @@ import torch
 from token_tap.tapped_models import MultiCrop, gradients_of, loss_of, small_model, some_views
 from torch import nn
 
-from local_distill import ConfigError, EmaTeacher, ShapeError, from_box
+from local_distill import ConfigError, CropGeometry, EmaTeacher, ShapeError, from_box
 from local_distill.backbones import TimmBackbone, measure_token_grid, tiny_vit
 from local_distill.token_tap import TokenTap
 
@@ -31,7 +31,7 @@ def test_each_view_gets_the_tokens_that_it_has_alone():
 def test_geometries_are_handed_on_and_a_wrong_order_is_refused():
     model, views = small_model(), some_views()
     tap = TokenTap(model.backbone)
-    crops = [from_box(torch.tensor([[0.0, 0, 40, 30]] * 2), v.shape[-2:], (60, 50)) for v in views]
+    crops = crops_of(views)
     model(views)
     got = tap.take(crops)[3].geometry
     assert all(torch.equal(part, wanted) for part, wanted in zip(got, crops[3], strict=True))
@@ -54,6 +54,68 @@ def test_a_step_that_was_left_out_is_seen():
     tap.clear()
     model(views)
     assert len(tap.take(views)) == 5
+
+
+def crops_of(views, b=2):
+    boxes = torch.tensor([[0.0, 0, 40, 30]] * b)
+    return [from_box(boxes, view.shape[-2:], (60, 50)) for view in views]
+
+
+@pytest.mark.parametrize("kind", ["geometries", "views"])
+def test_views_that_this_network_did_not_see_are_counted(kind):
+    """A teacher that sees two views, given those of all."""
+    model, views = small_model(), some_views(b=3)[:2]
+    tap = TokenTap(model.backbone)
+    one = crops_of(views, b=3)[0] if kind == "geometries" else views[0]
+
+    def take(steps, given):
+        for _ in range(steps):
+            model(views)
+        return tap.take(given)
+
+    says = (
+        f"`views`: 4 {kind} of 3 images make 12, but .* `take` had 6: .* such as {kind}" + r"\[:2"
+    )
+    with pytest.raises(ShapeError, match=says):
+        take(1, [one] * 4)
+    left_out = f"2 {kind} of 3 images make 6, but .* had 12: was a step before this one not taken"
+    with pytest.raises(ShapeError, match=left_out):
+        take(2, [one] * 2)
+    # neither a multiple nor a part
+    with pytest.raises(ShapeError, match=f"4 {kind} .* had 18: give those of all views"):
+        take(3, [one] * 4)
+    assert len(take(1, [one] * 2)) == 2
+
+
+def test_batches_of_the_given_views_must_be_one():
+    model, views = small_model(), some_views()[:2]
+    tap = TokenTap(model.backbone)
+    sizes = (1, 3)
+    model(views)
+    with pytest.raises(
+        ShapeError, match=r"entry 0 must have a matrix \(2, 3, 3\), .*have one batch"
+    ):
+        tap.take([crops_of(views, b)[0] for b in sizes])
+    model(views)
+    with pytest.raises(ShapeError, match=r"2 geometries of 3, 2 images make 5, but .* had 4: give"):
+        tap.take([crops_of(views, b)[0] for b in (3, 2)])
+
+
+def test_geometries_of_one_image_are_told_how_to_be_batched():
+    model, views = small_model(), some_views()
+    tap = TokenTap(model.backbone)
+    model(views)
+    alone = [CropGeometry(*(part[0] for part in crop)) for crop in crops_of(views)]
+    says = (
+        r"entry 0 must have a matrix \(b, 3, 3\), got \(3, 3\); .*default_collate\(\[geometry\]\)"
+    )
+    with pytest.raises(ShapeError, match=says):
+        tap.take(alone)
+    model(views)
+    with pytest.raises(
+        ShapeError, match=r"entry 1 must have the shape \(b, c, .*got \(3, 48, 48\)"
+    ):
+        tap.take([views[0], views[1][0]])
 
 
 def test_nothing_in_evaluation_and_while_not_enabled():
