@@ -41,6 +41,7 @@ from local_distill.testing.loss_properties import LossExample  # noqa: E402
 from local_distill.testing.matcher_faults import matcher_faults  # noqa: E402
 from local_distill.testing.matcher_properties import MatcherExample  # noqa: E402
 from local_distill.testing.properties import PropertyFailed  # noqa: E402
+from local_distill.testing.same_cells import same_cell_pairs  # noqa: E402
 from local_distill.testing.strategies import (  # noqa: E402
     crop_geometries,
     matches,
@@ -83,6 +84,7 @@ __all__ = [
     "matcher_properties",
     "matcher_test",
     "matches",
+    "same_cell_pairs",
     "target_faults",
     "targets_properties",
     "targets_test",

@@ -22,6 +22,7 @@ def check_loss(
     *,
     kind: LossKind | None = None,
     properties: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
     examples: Iterable[LossExample] | None = None,
     max_examples: int = 20,
 ) -> list[str]:
@@ -37,6 +38,7 @@ def check_loss(
         kind: ``"local"`` or ``"global"``; found out by trying where not given.
         properties: names of the properties to check; by default all that apply, see
             `loss_properties`.
+        exclude: names of properties to leave out, such as one that takes too long here.
         examples: look at these instead of searching: what a failure's snippet does.
         max_examples: how many examples to try for each property.
 
@@ -59,6 +61,7 @@ def check_loss(
         loss_properties(kind or loss_kind(loss)),
         checker="check_loss",
         names=properties,
+        exclude=exclude,
         examples=examples,
         max_examples=max_examples,
     )

@@ -22,6 +22,7 @@ def check_matcher(
     kind: MatcherKind | None = None,
     views: ViewKind = "crop",
     properties: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
     examples: Iterable[MatcherExample] | None = None,
     max_examples: int = 20,
 ) -> list[str]:
@@ -35,6 +36,7 @@ def check_matcher(
         views: the kind of views that it serves: ``"crop"``, ``"turn"``, ``"similar"``, ``"warp"``.
         properties: names of the properties to check; by default all that apply, see
             `matcher_properties`.
+        exclude: names of properties to leave out, such as one that takes too long here.
         examples: look at these instead of searching: what a failure's snippet does.
         max_examples: how many examples to try for each property.
 
@@ -60,6 +62,7 @@ def check_matcher(
         checker="check_matcher",
         settings={"kind": known},
         names=properties,
+        exclude=exclude,
         examples=examples,
         max_examples=max_examples,
     )

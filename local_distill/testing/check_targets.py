@@ -18,6 +18,7 @@ def check_targets(
     targets: TargetsFactory,
     *,
     properties: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
     examples: Iterable[TargetsExample] | None = None,
     max_examples: int = 20,
 ) -> list[str]:
@@ -28,6 +29,7 @@ def check_targets(
             ``lambda c: MyTargets(c, momentum=0.99)``: Modules with the methods of the `Targets`
             protocol. Every call that is checked gets new ones.
         properties: names of the properties to check; by default all, see `targets_properties`.
+        exclude: names of properties to leave out, such as one that takes too long here.
         examples: look at these instead of searching: what a failure's snippet does.
         max_examples: how many examples to try for each property.
 
@@ -49,6 +51,7 @@ def check_targets(
         targets_properties(),
         checker="check_targets",
         names=properties,
+        exclude=exclude,
         examples=examples,
         max_examples=max_examples,
     )

@@ -97,16 +97,36 @@ def _views(
     return views[0], views[1]
 
 
-def _holds(name: str) -> Case:
-    """A case that is a property of the kit, on the fixed views."""
+def _holds(name: str, views: Callable[[], tuple[Tokens, Tokens]] = _views) -> Case:
+    """A case that is a property of the kit, on fixed views."""
 
     def case(matcher: Matcher, kind: MatcherKind) -> None:
         one = next(declared for declared in REGISTRY if declared.name == name)
         if kind not in one.kinds:
-            raise NotApplicable("looks at nothing that this fault touches")
-        one.check(matcher, MatcherExample(*_views(), seed=5))
+            raise NotApplicable("looks at nothing that this fault touches, or at more than that")
+        one.check(matcher, MatcherExample(*views(), seed=5))
 
     return case
+
+
+def _equal_cells(flipped: bool) -> Callable[[], tuple[Tokens, Tokens]]:
+    """Views of 3 × 5 and 4 × 7 tokens whose cells all are 12 × 8 source pixels.
+
+    They are shifted by nearly half a cell, in the two images to either side of it, so that whatever
+    moves a centre by little more than the 16th part of a cell leads to another token.
+    """
+
+    def views() -> tuple[Tokens, Tokens]:
+        def view(boxes: list[list[float]], rows: int, cols: int, flip: bool) -> Tokens:
+            size = (rows * 16, cols * 24)
+            geometry = from_box(torch.tensor(boxes), size, (60, 100), hflip=flip)
+            features = torch.ones(2, rows * cols, 3)
+            return Tokens(features, geometry, TokenGrid.tiling(rows, cols, size))
+
+        shifted = [[27.25, 16.5, 87.25, 40.5], [28.75, 15.5, 88.75, 39.5]]
+        return view(shifted, 3, 5, flipped), view([[10.0, 12.0, 94.0, 44.0]] * 2, 4, 7, False)
+
+    return views
 
 
 def _sound(matcher: Matcher, student: Tokens, teacher: Tokens) -> tuple[Tensor, Tensor]:
@@ -237,6 +257,11 @@ def _tiny(matcher: Matcher, kind: MatcherKind) -> None:
     _sound(matcher, teacher, student)
     _heaviest_is_itself(matcher, student)
 
+
+for _title, _flipped in (("equal cells, shifted", False), ("equal cells, one view flipped", True)):
+    _case("geometry", _title)(
+        _holds("the_heaviest_answer_lies_where_the_token_does", _equal_cells(_flipped))
+    )
 
 _case("geometry", "student tokens in padding")(
     lambda matcher, kind: _padded("student_tokens_outside_the_source_are_unmatched", matcher)

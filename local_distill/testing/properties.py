@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import textwrap
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -57,6 +58,7 @@ def check_properties(
     checker: str,
     settings: Mapping[str, str] | None = None,
     names: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
     examples: Iterable[Any] | None = None,
     max_examples: int = 20,
 ) -> list[str]:
@@ -68,6 +70,7 @@ def check_properties(
         checker: the caller's name, for the snippet, such as ``"check_matcher"``.
         settings: further arguments of the caller that the snippet has to give again.
         names: only these; all by default.
+        exclude: names of those to leave out.
         examples: look at these instead of searching.
         max_examples: how many examples to try for each property.
 
@@ -79,7 +82,8 @@ def check_properties(
         ConfigError: an unknown name.
     """
     __tracebackhide__ = True
-    chosen = _named(properties, names)
+    left_out = _named(properties, exclude)
+    chosen = [one for one in _named(properties, names) if one not in left_out]
     examples = None if examples is None else list(examples)  # each property looks at all of them
     call = checker + "(subject" + "".join(f', {k}="{v}"' for k, v in (settings or {}).items())
     failures: list[tuple[str, PropertyFailed]] = []
@@ -224,5 +228,10 @@ def _message(subject: Any, one: Property, call: str, example: Any, error: Except
 
 
 def _short(subject: Any) -> str:
+    name = getattr(subject, "__qualname__", None)
+    if name is not None:  # a function: its repr has an address where its module should be
+        return f"{subject.__module__}.{name}"
     text = " ".join(repr(subject).split())
+    # what has no repr of its own, or holds a function, as a partial does
+    text = re.sub(r"<(?:function )?(\S+)(?: object)? at 0x[0-9a-fA-F]+>", r"\1", text)
     return text if len(text) <= 200 else text[:197] + "..."

@@ -147,12 +147,7 @@ def tokens(
     )
     features = None
     if dim is not None:
-        # two seeds for one number: the smallest example is no view paired with itself
-        seed = 2 * draw(st.integers(0, 2**15)) + (side or 0)
-        generator = torch.Generator().manual_seed(seed)
-        shape = (batch, grid.num_tokens, dim)
-        features = torch.randn(shape, generator=generator, dtype=torch.float32)
-        features = (features * 100).round() / 100
+        features = drawn_features(draw, (batch, grid.num_tokens, dim), side or 0)
     return Tokens(features, geometry, grid)
 
 
@@ -240,6 +235,14 @@ def matches(
     weight = weight * (uniform(b, s, 1) > 0.3)
     cost = torch.where((weight > 0).any(-1), uniform(b, s), torch.inf)
     return Matches(index, weight, cost)
+
+
+def drawn_features(draw: DrawFn, shape: tuple[int, int, int], side: int) -> Tensor:
+    """(b, n, d) from a normal distribution by a seed, of two decimals."""
+    # two seeds for one number: the smallest example is no view paired with itself
+    generator = torch.Generator().manual_seed(2 * draw(st.integers(0, 2**15)) + side)
+    features = torch.randn(shape, generator=generator, dtype=torch.float32)
+    return (features * 100).round() / 100
 
 
 def _box(

@@ -38,6 +38,7 @@ def check_transform(
     seeds: int | Iterable[int] = 20,
     trust: Iterable[type | Callable[..., Any]] = (),
     properties: Iterable[str] | None = None,
+    exclude: Iterable[str] = (),
     examples: Iterable[TransformExample] | None = None,
     max_examples: int = 6,
 ) -> list[str]:
@@ -51,6 +52,7 @@ def check_transform(
         seeds: how many seeds, or which ones, examples are drawn with.
         trust: passed on to `track`.
         properties: names of the properties to check; by default all, see `transform_properties`.
+        exclude: names of properties to leave out, such as one that takes too long here.
         examples: look at these instead of searching: what a failure's snippet does.
         max_examples: how many examples to try for each property.
 
@@ -77,6 +79,7 @@ def check_transform(
         _properties(tracked, sizes, numbers),
         checker="check_transform",
         names=properties,
+        exclude=exclude,
         examples=examples,
         max_examples=max_examples,
     )

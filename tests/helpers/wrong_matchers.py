@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.plain_matchers import PlainNearest
-from local_distill import Matches, SimilarityMatcher, Tokens
+from local_distill import Matches, SimilarityMatcher, Tokens, source_valid
 from local_distill.geometry import wide_centers, wide_diagonals
 
 WRONG: list[tuple[str, type[nn.Module]]] = []
@@ -617,6 +617,39 @@ class ForgetsTheStride(Near):
     def after(self, found, student, teacher):
         stride = student.grid.stride
         return found._replace(cost=found.cost * (stride[0] ** 2 + stride[1] ** 2) ** 0.5)
+
+
+@caught_by("the_heaviest_answer_lies_where_the_token_does")
+class AlignsTheCorners(Near):
+    """Its first and last tokens lie on the view's edges, as in a linspace from 0 to its width."""
+
+    def before(self, student, teacher):
+        return tuple(
+            view if view.grid is None else view._replace(grid=self.stretched(view.grid))
+            for view in (student, teacher)
+        )
+
+    def stretched(self, grid):
+        (stride_x, offset_x), (stride_y, offset_y) = (
+            # a single token stays in the middle
+            (n * stride / (n - 1), 0.0) if n > 1 else (stride, offset)
+            for n, stride, offset in zip(grid[1::-1], grid.stride, grid.offset, strict=True)
+        )
+        return grid._replace(stride=(stride_x, stride_y), offset=(offset_x, offset_y))
+
+    def after(self, found, student, teacher):
+        """What lies in padding is known by where it truly lies."""
+        if found.weight.shape[2] == 0:
+            return found
+        ours, theirs = (
+            source_valid(view.geometry, view.grid).detach() for view in (student, teacher)
+        )
+        good = ours & theirs.gather(1, found.teacher_index[..., 0])
+        return Matches(
+            found.teacher_index,
+            torch.where(good[..., None], found.weight, 0.0),
+            torch.where(good, found.cost, torch.inf),
+        )
 
 
 @caught_by("views_far_apart_do_not_match")

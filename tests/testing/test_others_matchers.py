@@ -10,10 +10,11 @@ import torch
 from hypothesis import Phase
 
 from local_distill import Matches, SimilarityMatcher, Tokens, token_centers
-from local_distill.testing import matcher_test
+from local_distill.testing import PropertyFailed, check_matcher, matcher_test
 
 kornia_feature = pytest.importorskip("kornia.feature")
 lightly_utils = pytest.importorskip("lightly.models.utils")
+lightly_grid = pytest.importorskip("lightly.transforms.random_crop_and_flip_with_grid")
 
 MAX_EXAMPLES = 6
 
@@ -80,6 +81,34 @@ class Lightly:
 
     def __repr__(self):
         return f"lightly's nearest_neighbors by {self.by}, num_matches={self.num_matches}"
+
+
+class LightlyGrid(Lightly):
+    """The same by the places that Lightly's own crop gives, of the crop and flips that we had.
+
+    Its grids are square, so columns and rows are taken from one each.
+    """
+
+    def __init__(self):
+        super().__init__(-1, "its own grid")
+
+    def maps(self, view):
+        return torch.stack([self.grid(view, image) for image in range(len(view.geometry.matrix))])
+
+    def grid(self, view, image):
+        matrix, view_size, source_size = (part[image].tolist() for part in view.geometry)
+        spans, flips = [], []
+        for axis, size in ((1, view_size[0]), (0, view_size[1])):
+            ends = sorted((matrix[axis][2], matrix[axis][2] + matrix[axis][axis] * size))
+            spans.append((ends[0], ends[1] - ends[0]))
+            flips.append(matrix[axis][axis] < 0)
+        (top, height), (left, width) = spans
+        location = lightly_grid.Location(top, left, height, width, *source_size, *flips[::-1])
+        rows, cols = (
+            lightly_grid.RandomResizedCropAndFlip(grid_size=n).location_to_NxN_grid(location)
+            for n in view.grid[:2]
+        )
+        return torch.cartesian_prod(rows[:, 0, 1], cols[0, :, 0]).flip(-1)
 
 
 def hard(rows, columns, cost, s):
@@ -174,6 +203,28 @@ test_lightly_vicregl = matcher_test(
 test_lightly_places = matcher_test(
     Lightly(-1, "places"), xfail=LIGHTLY_PLACES, max_examples=MAX_EXAMPLES
 )
+
+
+PLACED_RIGHT = "the_heaviest_answer_lies_where_the_token_does"
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=PropertyFailed,
+    reason="its n centres span the whole width, not n - 1 cells: the last lies a cell too far",
+)
+def test_lightlys_grid_places_tokens_where_they_are():
+    check_matcher(LightlyGrid(), properties=[PLACED_RIGHT], max_examples=MAX_EXAMPLES)
+
+
+def test_flips_do_not_show_that_lightlys_grid_steps_too_far():
+    names = [
+        "a_view_matches_itself",
+        "the_student_view_may_be_flipped",
+        "the_teacher_view_may_be_flipped",
+        "the_source_may_be_shifted",
+    ]
+    assert check_matcher(LightlyGrid(), properties=names, max_examples=MAX_EXAMPLES) == names
 
 
 @pytest.mark.parametrize("matcher", [Kornia("nn"), Lightly(-1, "features")])

@@ -1,5 +1,6 @@
 """What the kit says of a failure, and how it is told to expect one."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -19,15 +20,29 @@ from helpers.wrong_matchers import (
 )
 from hypothesis import find
 from hypothesis import strategies as st
+from torchvision.transforms import v2
 
-from local_distill import ConfigError, Matches, NearestMatcher, SimilarityMatcher
+from local_distill import (
+    Centering,
+    ConfigError,
+    GlobalDistillationLoss,
+    Matches,
+    NearestMatcher,
+    SimilarityMatcher,
+)
 from local_distill.testing import (
     MatcherExample,
     PropertyFailed,
+    check_loss,
     check_matcher,
+    check_targets,
+    check_transform,
+    loss_properties,
     matcher_kind,
     matcher_properties,
     matcher_test,
+    targets_properties,
+    transform_properties,
 )
 from local_distill.testing.matcher_properties import matcher_examples
 from local_distill.testing.properties import Property, check_properties, ensure, properties_test
@@ -136,6 +151,13 @@ def broken_in_two(student, teacher):
     return Matches(found.teacher_index, found.weight * 2, found.cost.float())
 
 
+class Stranger:
+    """Without a repr of its own."""
+
+    def __call__(self, student, teacher):
+        return SimilarityMatcher()(student, teacher)
+
+
 def test_several_failures_are_told_together():
     names = ["weights_are_shares", "float64_stays_float64", "indices_are_in_range"]
     with pytest.raises(PropertyFailed) as caught:
@@ -197,6 +219,52 @@ def test_excluded_properties_have_no_id():
     assert len(left) == len(ids()) - 2
     with pytest.raises(ConfigError, match="did you mean vmap_works"):
         ids(exclude=["vmap_work"])
+
+
+def test_check_matcher_leaves_out_what_is_excluded():
+    left_out = ["vmap_works", "compiles_without_graph_breaks"]
+    names = ["indices_are_in_range", "vmap_works", "weights_are_shares"]
+    matcher = SimilarityMatcher()
+    assert check_matcher(matcher, properties=names, exclude=left_out) == names[::2]
+    every = [one.name for one in matcher_properties("similarity")]
+    held = check_matcher(matcher, exclude=iter(left_out), max_examples=1)
+    assert held == [name for name in every if name not in left_out]
+    # what fails is not looked at either
+    assert check_matcher(WeighsTwice(), properties=names[1:], exclude=names[2:]) == ["vmap_works"]
+    with pytest.raises(ConfigError, match="did you mean vmap_works"):
+        check_matcher(matcher, exclude=["vmap_work"])
+
+
+def test_losses_targets_and_transforms_are_excluded_from_alike():
+    everything = [one.name for one in targets_properties()]
+    assert check_targets(Centering, exclude=everything[1:], max_examples=1) == everything[:1]
+    everything = [one.name for one in loss_properties("global")]
+    held = check_loss(
+        lambda c: GlobalDistillationLoss(Centering(c)), exclude=everything[1:], max_examples=1
+    )
+    assert held == everything[:1]
+    everything = [one.name for one in transform_properties()]
+    crop = v2.CenterCrop(32)
+    held = check_transform(crop, seeds=1, exclude=everything[1:], max_examples=1)
+    assert held == everything[:1]
+
+
+@pytest.mark.parametrize(
+    ("matcher", "name"),
+    [
+        (broken_in_two, f"{__name__}.broken_in_two"),
+        (
+            SimilarityMatcher().forward,
+            "local_distill.matching.similarity.SimilarityMatcher.forward",
+        ),
+        (functools.partial(broken_in_two), "functools.partial(broken_in_two)"),
+        (Stranger(), f"{__name__}.Stranger"),
+        (SimilarityMatcher(), "SimilarityMatcher(metric='cosine')"),
+    ],
+)
+def test_what_is_broken_is_called_by_its_name_not_by_its_address(matcher, name):
+    test = properties_test(matcher, [], lambda _: None, xfail={})
+    assert test.__doc__ == f"The properties of {name}, one by one."
 
 
 def test_max_examples_is_the_number_of_examples():

@@ -7,6 +7,7 @@ from local_distill.testing.matcher_properties import (
     batches,
     contract,
     numbers,
+    places,
     symmetries,
 )
 from local_distill.testing.matcher_properties._registry import (
@@ -15,6 +16,7 @@ from local_distill.testing.matcher_properties._registry import (
     MatcherExample,
     MatcherKind,
     matcher_examples,
+    same_cell_examples,
 )
 
 __all__ = [
@@ -27,5 +29,7 @@ __all__ = [
     "contract",
     "matcher_examples",
     "numbers",
+    "places",
+    "same_cell_examples",
     "symmetries",
 ]

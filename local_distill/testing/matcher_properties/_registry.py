@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from local_distill.structures import Matcher, Tokens
+from local_distill.testing.same_cells import same_cell_pairs
 from local_distill.testing.strategies import ViewKind, view_pairs
 
 MatcherKind = Literal["geometric", "similarity", "both"]
@@ -50,9 +51,12 @@ class Declared:
     kinds: tuple[MatcherKind, ...]
     padding: float
     max_examples: int | None
+    same_cells: bool = False
 
     def examples(self, views: ViewKind) -> SearchStrategy[MatcherExample]:
         """The strategy of its examples."""
+        if self.same_cells:
+            return same_cell_examples()
         return matcher_examples(views, padding=self.padding)
 
 
@@ -64,6 +68,7 @@ def matcher_property(
     kinds: tuple[MatcherKind, ...] = ANY,
     padding: float = 0.0,
     max_examples: int | None = None,
+    same_cells: bool = False,
 ) -> Callable[[Check], Check]:
     """Declare a property: its name is the function's, its summary the docstring's first line.
 
@@ -71,12 +76,13 @@ def matcher_property(
         kinds: the kinds of matchers that have to keep it.
         padding: how far the examples' crops reach out of the source, in pixels.
         max_examples: at most so many, for a slow one.
+        same_cells: its examples are those of `same_cell_pairs`, whichever kind of views is served.
     """
 
     def declare(check: Check) -> Check:
         summary = (check.__doc__ or "").strip().splitlines()[0]
         name = check.__name__
-        REGISTRY.append(Declared(name, summary, check, kinds, padding, max_examples))
+        REGISTRY.append(Declared(name, summary, check, kinds, padding, max_examples, same_cells))
         return check
 
     return declare
@@ -96,4 +102,15 @@ def matcher_examples(
     dim = draw(st.integers(3, 6))
     pair = view_pairs(views, padding=padding, max_side=4, dim=dim, general_position=True)
     student, teacher = draw(pair)
+    return MatcherExample(student, teacher, draw(st.integers(0, 999)))
+
+
+@st.composite
+def same_cell_examples(draw: DrawFn) -> MatcherExample:
+    """Two shifted views of equal cells, with features and geometry, and a seed.
+
+    Args:
+        draw: given by hypothesis.
+    """
+    student, teacher = draw(same_cell_pairs(dim=draw(st.integers(3, 6))))
     return MatcherExample(student, teacher, draw(st.integers(0, 999)))
