@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -17,6 +17,7 @@ from local_distill.benchmarking.comparing import compare_reports, comparison_tab
 from local_distill.benchmarking.losses import loss_cases
 from local_distill.benchmarking.machine import describe_machine, measure_rates
 from local_distill.benchmarking.matchers import matcher_cases
+from local_distill.benchmarking.option_typos import unknown_arguments
 from local_distill.benchmarking.others import MEASURED_LIBRARIES, library_versions
 from local_distill.benchmarking.plotting import check_plot_path, plot_report
 from local_distill.benchmarking.progress import progress_bar
@@ -68,6 +69,19 @@ _QUICK = {"batch": 2, "prototypes": 512, "repeats": 3, "least_seconds": 0.005}
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.allow_abbrev = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """A suite's own parser says what it does not know; argparse leaves that to the outer."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            options = [name for action in self._actions for name in action.option_strings]
+            print(f"error: {unknown_arguments(self.prog, unknown, options)}", file=sys.stderr)
+            raise SystemExit(2)
+        return known, unknown
+
     def error(self, message: str) -> NoReturn:
         """One line, without the usage before it."""
         print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)

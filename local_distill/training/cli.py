@@ -17,6 +17,9 @@ from local_distill.errors import ConfigError, LocalDistillError, require_extra
 
 __all__ = ["build_parser", "main"]
 
+# What a value means that stands alone, in commands that take none.
+_BARE = {"train": "--data", "eval": "--checkpoint", "demo": "--output"}
+
 
 def build_parser() -> tuple[Any, dict[str, Callable[..., Any]]]:
     """The parser, and the function behind each command."""
@@ -24,6 +27,7 @@ def build_parser() -> tuple[Any, dict[str, Callable[..., Any]]]:
     for module in ("timm", "torchvision", "lightning_fabric", "matplotlib", "sklearn", "tqdm"):
         require_extra(module, "train")
     from local_distill.training import commands
+    from local_distill.training.command_parser import CommandParser
     from local_distill.training.demo import demo
     from local_distill.training.evaluation.evaluate import evaluate
     from local_distill.training.export import export_backbone
@@ -38,7 +42,7 @@ def build_parser() -> tuple[Any, dict[str, Callable[..., Any]]]:
         "show": commands.show,
         "demo": demo,
     }
-    parser = jsonargparse.ArgumentParser(
+    parser = CommandParser(
         prog="local-distill",
         description="Local self-distillation: train, evaluate, look and measure.",
         version=__version__,
@@ -46,7 +50,7 @@ def build_parser() -> tuple[Any, dict[str, Callable[..., Any]]]:
     subcommands = parser.add_subcommands()
     for name, function in functions.items():
         summary = (function.__doc__ or "").partition("\n")[0]
-        sub = jsonargparse.ArgumentParser(description=summary)
+        sub = CommandParser(description=summary, bare=_BARE.get(name))
         sub.add_argument("--config", action="config", help="a YAML file with these settings")
         sub.add_function_arguments(
             function,
@@ -59,9 +63,11 @@ def build_parser() -> tuple[Any, dict[str, Callable[..., Any]]]:
             defaults["views"] = jsonargparse.lazy_instance(DemoCrop)
         sub.set_defaults(defaults)
         subcommands.add_subcommand(name, sub, help=summary)
+        parser.commands[name] = sub
     # For --help and typos alone: `main` hands it on before it comes here.
     summary = "Time and memory of the parts, and of a matcher of yours, beside others'."
-    subcommands.add_subcommand("bench", jsonargparse.ArgumentParser(), help=summary)
+    parser.commands["bench"] = CommandParser()
+    subcommands.add_subcommand("bench", parser.commands["bench"], help=summary)
     return parser, functions
 
 
@@ -77,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parser, functions = build_parser()
         _check_method_name(given)
+        _check_matcher_name(given)
         settings = parser.parse_args(arguments)
         name = settings.subcommand
         record = json.loads(parser.dump(settings, format="json"))[name]
@@ -89,8 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LocalDistillError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         return 130
     return 130 if getattr(result, "interrupted", False) else 0
 
@@ -100,10 +107,7 @@ def _check_method_name(arguments: Sequence[str]) -> None:
     from local_distill.training import methods
 
     known = [name for name in methods.__all__ if name not in ("Method", "Models", "StepTerms")]
-    pairs = [argument.partition("=") for argument in arguments if argument.startswith("--method=")]
-    given = [value for _, _, value in pairs]
-    given += [after for flag, after in pairwise(arguments) if flag == "--method"]
-    for name in given:
+    for name in _values("--method", arguments):
         if "." not in name and name not in (*known, "null") and not name.startswith(("-", "{")):
             close = difflib.get_close_matches(name.capitalize(), known, n=1)
             hint = f", did you mean {close[0]}?" if close else "."
@@ -111,6 +115,31 @@ def _check_method_name(arguments: Sequence[str]) -> None:
                 f"`--method`: there is no {name!r}{hint} There are {', '.join(known)}; a class of "
                 "your own is named by its import path"
             )
+
+
+def _check_matcher_name(arguments: Sequence[str]) -> None:
+    """A bare name of a matcher is answered with its import path, and with those that there are."""
+    from local_distill import matching
+
+    if not any(argument.partition("=")[0] in ("--method", "--config") for argument in arguments):
+        return  # the parser says that a method has to be named first
+    known = [name for name in matching.__all__ if name.endswith("Matcher")]
+    for name in _values("--method.matcher", arguments):
+        if "." not in name and name != "null" and not name.startswith(("-", "{")):
+            lower = {other.removesuffix("Matcher").lower(): other for other in known}
+            close = difflib.get_close_matches(name.removesuffix("Matcher").lower(), lower, n=1)
+            hint = f", did you mean local_distill.{lower[close[0]]}?" if close else "."
+            raise ConfigError(
+                f"`--method.matcher`: {name!r} is no import path{hint} In local_distill there are "
+                f"{', '.join(known)}; one of your own is named by its import path too, as "
+                "my_package.MyMatcher"
+            )
+
+
+def _values(option: str, arguments: Sequence[str]) -> list[str]:
+    pairs = [argument.partition("=") for argument in arguments if argument.startswith(f"{option}=")]
+    given = [value for _, _, value in pairs]
+    return given + [after for flag, after in pairwise(arguments) if flag == option]
 
 
 def _instantiate(parser: Any, settings: Any) -> Any:

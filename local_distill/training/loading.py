@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from local_distill._check import check_at_least
 from local_distill.errors import ConfigError
 from local_distill.structures import CropGeometry
+from local_distill.training.stop_signal import leave_stopping_to_the_parent
 
 __all__ = ["EpochBatches", "SampleKey", "SeededViews", "ViewBatch", "mix_seeds", "view_loader"]
 
@@ -234,7 +234,5 @@ def _without_rows(batch: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    # The main process ends the run and with it the workers: Ctrl-C reaches them as well.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else it would inherit the main one's handler
+    leave_stopping_to_the_parent()
     torch.set_num_threads(1)  # as many workers as cores: more threads would only get in the way

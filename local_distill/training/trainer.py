@@ -110,6 +110,7 @@ def train(
         ConfigError: settings that cannot work, an ``output`` that already holds a run, a resume
             with other settings; all before any work is done.
         DataError: a loader's worker died, or too many images cannot be read.
+        KeyboardInterrupt: stopped, and a loader's worker ended before the step could be.
         LocalDistillError: the gradient stayed non-finite for 50 steps in a row.
     """
     fabric = fabric or Fabric(devices=1)
@@ -140,7 +141,7 @@ def train(
         RunLog(output, total=plan.steps, start=start, enabled=fabric.is_global_zero) as log,
         stop_signal() as stop,
         watch_processes(fabric),
-        named_worker_failures(),
+        named_worker_failures(stop),
     ):
         spoilt = SpoiltSteps(output, log.say)
         for step in range(start + 1, plan.steps + 1):

@@ -8,21 +8,20 @@ from typing import Any
 import PIL.Image
 import torch
 from torch import Tensor, nn
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from local_distill.errors import ConfigError, GeometryError, ShapeError
-from local_distill.geometry import check_geometry, compose
+from local_distill.geometry import check_geometry
 from local_distill.structures import CropGeometry
+from local_distill.transforms.finished_views import finish_view, image_shape
 from local_distill.transforms.geometry_kernels import check_interpolation
-from local_distill.transforms.geometry_tensor import GeometryTensor, view_size
-from local_distill.transforms.images import image_size
+from local_distill.transforms.geometry_tensor import GeometryTensor
 from local_distill.transforms.pipeline_steps import Sample, TrackedStep, UntrackedStep, VouchedStep
+from local_distill.transforms.refusals import vouch, ways_out
 from local_distill.transforms.transform_classes import TransformKind, class_entry
 
 __all__ = ["Tracked", "track"]
 
-_VOUCH = "if it moves no pixels, vouch for it with `trust=[{name}]`"
 _RESIZING = ("RandomResize", "RandomResizedCrop", "RandomShortestSize", "Resize", "ScaleJitter")
 
 
@@ -69,7 +68,7 @@ class Tracked:
             GeometryError: ``geometry`` is of a view of another size, or the pipeline changed the
                 image's size in a way that was not tracked.
         """
-        batch, (height, width) = _image_shape(image)
+        batch, (height, width) = image_shape(image)
         if geometry is not None:
             _check_start(geometry, batch, (height, width))
         start = GeometryTensor.identity(height, width)
@@ -134,18 +133,6 @@ def track(
     return Tracked(pipeline, trust)
 
 
-def _image_shape(image: object) -> tuple[tuple[int, ...], tuple[int, int]]:
-    """Leading axes and (height, width)."""
-    if (
-        isinstance(image, Tensor)
-        and image.dim() > 3
-        and 0 not in image.shape[-3:]
-        and (isinstance(image, tv_tensors.Image) or not isinstance(image, tv_tensors.TVTensor))
-    ):
-        return tuple(image.shape[:-3]), (image.shape[-2], image.shape[-1])
-    return (), image_size(image)
-
-
 def _check_start(geometry: CropGeometry, batch: tuple[int, ...], size: tuple[int, int]) -> None:
     check_geometry("geometry", geometry)
     axes = tuple(geometry.matrix.shape[:-2])
@@ -172,51 +159,6 @@ def _finish(
             _finish(part, shown, batch, geometry) for part, shown in zip(step, view, strict=True)
         )
     return finish_view(step, view, batch, geometry)
-
-
-def finish_view(
-    step: Any, view: Any, batch: tuple[int, ...] = (), geometry: CropGeometry | None = None
-) -> CropGeometry:
-    """The tracked numbers as `CropGeometry`, on the view's device.
-
-    Args:
-        step: the `GeometryTensor` at the end of the pipeline.
-        view: what the pipeline made.
-        batch: leading axes of the image that went in.
-        geometry: where that image lies in its source, if it is a view itself.
-
-    Raises:
-        GeometryError: the view has another size, or other leading axes.
-    """
-    leading, seen = _image_shape(view)
-    expected = view_size(step)
-    if list(seen) != expected or leading != batch:
-        raise GeometryError(
-            f"the view is (height, width) = {tuple(seen)} but the tracked geometry says "
-            f"{tuple(expected)}: a transform that was vouched for in `trust` moves pixels"
-            if leading == batch
-            else f"the view has leading axes {leading} but the image had {batch}: a transform that "
-            "was vouched for in `trust` changes the batch"
-        )
-    if geometry is None and not batch:
-        made: CropGeometry = step.crop_geometry()
-    elif geometry is None:
-        made = CropGeometry(
-            # whole copies: an expanded tensor can't be pinned or shared by a loader's workers
-            *(part.expand(*batch, *part.shape).contiguous() for part in step.crop_geometry())
-        )
-    else:
-        return _continue(geometry, step.crop_geometry(torch.float64))
-    return made.to(view.device) if isinstance(view, Tensor) else made
-
-
-def _continue(geometry: CropGeometry, step: CropGeometry) -> CropGeometry:
-    device, dtype = geometry.matrix.device, geometry.matrix.dtype
-    # Not all devices have float64; `compose` works in the widest there is.
-    whole = compose(geometry, step if device.type == "cpu" else step.to(device))
-    return CropGeometry(
-        whole.matrix.to(dtype), whole.view_size.contiguous(), whole.source_size.contiguous()
-    )
 
 
 def _admit(transform: Any, trusted: Sequence[Any]) -> Any:
@@ -259,7 +201,7 @@ def _check_unaltered(transform: nn.Module) -> None:
         what = f"its `{replaced[0]}` was replaced" if replaced else "it has forward hooks"
         raise ConfigError(
             f"cannot track {name}: {what}, and what that does to the pixels can't be seen; "
-            f"{_VOUCH.format(name='it')}"
+            f"{vouch('it')}"
         )
 
 
@@ -270,6 +212,8 @@ def _refusal(transform: Any) -> str:
             f"cannot track the class {transform.__name__}; pass an instance, "
             f"{transform.__name__}(…)"
         )
+    if isinstance(transform, (list, tuple)):
+        return f"cannot track a {kind.__name__} of transforms: wrap it in v2.Compose([...])"
     # A function is named by itself, an object by its class.
     name = (
         kind.__name__
@@ -286,11 +230,10 @@ def _refusal(transform: Any) -> str:
             f"use torchvision.transforms.v2.{name}, or hand the whole v1 pipeline to "
             "local_distill.upgrade(pipeline), which keeps its pixels"
         )
-    vouch = _VOUCH.format(name=name)
     base = next((base for base in kind.__mro__[1:] if class_entry(base) is not None), None)
     if base is not None and base is not v2.Transform:
         return (
             f"cannot track {name}: it is a subclass of {base.__name__}, which may override "
-            f"anything; use {base.__name__} itself, or {vouch}"
+            f"anything; use {base.__name__} itself, or {vouch(name)}"
         )
-    return f"cannot track {name}: it is not known whether it moves pixels; {vouch}"
+    return f"cannot track {name}: {ways_out(name, 'pipeline')}"

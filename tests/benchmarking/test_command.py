@@ -99,8 +99,11 @@ def refused(capsys, *arguments):
         (["matchers", "--device", "cuda:99"], "--device cuda:99: torch sees"),
         (["matchers", "--matcher", "local_distill.NearestMacher"], "did you mean `NearestMatcher`"),
         (["losses", "--matcher", "local_distill.NearestMatcher"], "--matcher"),
-        (["transforms", "--sizes", "Swin"], "unrecognized arguments: --sizes"),
-        (["transforms", "--device", "cuda"], "unrecognized arguments: --device"),
+        (["transforms", "--sizes", "Swin"], "no option --sizes (see local-distill bench transf"),
+        (["transforms", "--device", "cuda"], "there is no option --device"),
+        (["matchers", "--quik"], "--quik, did you mean --quick? (see local-distill bench matchers"),
+        (["matchers", "--qui"], "there is no option --qui, did you mean --quick?"),  # unabbreviated
+        (["compare", "a.json", "b.json", "c.json"], "'c.json' is one argument too many"),
         (["matchers", "--json", "no/such/folder/a.json"], "no folder no/such/folder"),
         (["matchers", "--plot", "picture.xlsx"], "no picture ends in 'xlsx'"),
         (["compare", "a.json"], "after"),

@@ -31,6 +31,7 @@ LAYERS = (
     ("",),  # the package itself, that is __init__.py
     ("benchmarking",),
     ("training",),
+    ("__main__",),
 )
 # `testing` may import all but `training`; nothing imports it.
 TESTING, TRAINING = "testing", "training"

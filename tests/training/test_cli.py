@@ -1,12 +1,14 @@
 """The command line as a person meets it."""
 
 import json
+import runpy
 import sys
 
 import pytest
 import yaml
 from PIL import Image
 
+import local_distill
 from local_distill.training.checkpoints import load_checkpoint
 from local_distill.training.cli import main
 from local_distill.training.scenes import SyntheticScenes
@@ -213,6 +215,61 @@ def test_mistakes_are_answered_in_a_line(tmp_path, monkeypatch, capsys, argument
     monkeypatch.chdir(tmp_path)
     assert text in refused(capsys, *arguments)
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("train --step 2", "there is no option --step, did you mean --steps?"),
+        ("train --lr 0.1", "there is no option --lr, did you mean --optim.lr?"),
+        ("train --name=x", "did you mean --backbone.name or --optim.name?"),
+        ("train photos", "'photos' stands alone, did you mean --data photos?"),
+        ("demo --worker 2", "did you mean --workers? (see local-distill demo --help)"),
+        ("show scenes --sed 3", "no option --sed, did you mean --seed? (see local-distill show"),
+        ("eval /nope", "'/nope' stands alone, did you mean --checkpoint /nope?"),
+        ("show a.png b.png", "'b.png' is one argument too many"),
+        ("show", "`show` needs IMAGE: local-distill show IMAGE (see local-distill show --help)"),
+        ("export run", "`export` needs TARGET: local-distill export CHECKPOINT TARGET"),
+        ("export --checkpoint a --target b", "as in `local-distill export CHECKPOINT TARGET`"),
+        ("trian", "there is no command 'trian', did you mean train?"),
+        ("", "name a command; there are train, eval,"),
+        ("train --method.matcher foo", "`--method.matcher` is a setting of a method, but none is "
+         "named before it: --method NAME must come first, as in `local-distill train --method "
+         "Glsd --method.matcher local_distill.SimilarityMatcher`; a matcher is named by its"),
+        ("train --method.temps.teacher 0", "--method NAME must come first"),
+        ("train --method Glsd --method.matcher nearest", "`--method.matcher`: 'nearest' is no "
+         "import path, did you mean local_distill.NearestMatcher? In local_distill there are Bil"),
+        ("train --method Glsd --method.mather null", "did you mean --method.matcher?"),
+        ("bench matchers --quik", "did you mean --quick? (see local-distill bench matchers --help"),
+    ],
+)  # fmt: skip
+def test_typos_are_answered_in_one_line_with_what_was_meant(capsys, arguments, text):
+    said = refused(capsys, *arguments.split())
+    assert text in said
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert "NestedArg" not in said
+
+
+def test_a_setting_after_a_config_without_a_method(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("method: null\n")
+    said = refused(capsys, "train", "--config", tmp_path / "run.yaml", "--method.matcher", MATCHER)
+    assert "--method NAME must come first" in said
+
+
+def test_every_name_suggested_for_a_matcher_can_be_given(capsys):
+    said = refused(capsys, "train", "--method", "Glsd", "--method.matcher", "foo")
+    names = said.partition("there are ")[2].partition(";")[0].split(", ")
+    assert "SimilarityMatcher" in names
+    assert all(hasattr(local_distill, name) for name in names)
+
+
+def test_the_package_is_the_command_too(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["local_distill", "bench", "matchers", "--quik"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("local_distill", run_name="__main__")
+    assert left.value.code == 2
+    assert "did you mean --quick?" in capsys.readouterr().err
 
 
 def test_demo(tmp_path, capsys):

@@ -1,9 +1,13 @@
 """A loader's worker that is killed, and errors that come out of one."""
 
 import json
+import multiprocessing
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from local_distill import DataError
+from local_distill.training.checkpoints import CheckpointStore
 from local_distill.training.data import ImageFiles, named_worker_failures
+from local_distill.training.stop_signal import StopSignal, leave_stopping_to_the_parent
 
 
 def go_through(loader):
@@ -87,3 +93,57 @@ def test_other_errors_pass(error):
     with pytest.raises(type(error)) as raised, named_worker_failures():
         raise error
     assert raised.value is error
+
+
+def test_a_signal_to_all_processes_stops_the_run_and_is_no_failure_of_a_worker(tmp_path):
+    script = Path(__file__).with_name("stopped_group.py")
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, script, tmp_path], capture_output=True, text=True, timeout=240,
+        env=os.environ | {"PYTHONPATH": path}, start_new_session=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    patient, hasty = json.loads(done.stdout.splitlines()[-1])
+    # the workers go on until the step is done and saved
+    step = patient["step"]
+    assert patient == {
+        "step": step, "interrupted": True, "checkpoint": f"step-{step:08}.ckpt", "workers": 0
+    }  # fmt: skip
+    assert 1 <= step < 500
+    assert CheckpointStore(tmp_path / "patient" / "checkpoints").steps() == [step]
+    # where they can't, the run ends as a stopped one all the same
+    assert hasty["raised"] == "KeyboardInterrupt"
+    assert "--resume true" in hasty["message"]
+    assert hasty["workers"] == 0
+
+
+def stay(ready):
+    leave_stopping_to_the_parent()
+    ready.set()
+    time.sleep(60)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="who sent a signal cannot be told")
+def test_a_worker_is_ended_by_its_parent_alone():
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    worker = context.Process(target=stay, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(20)
+    for name in ("TERM", "INT"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)  # not by this process
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_dead_worker_is_a_stop_where_one_was_asked_for(asked):
+    stop = StopSignal()
+    stop.asked = asked
+    wanted = KeyboardInterrupt if asked else DataError
+    with pytest.raises(wanted, match="a worker that loads images"), named_worker_failures(stop):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")

@@ -194,6 +194,34 @@ def test_a_vouched_transform_that_changes_the_size_is_caught():
         track(v2.Compose([narrow]), trust=[narrow])(photograph())
 
 
+class ClassicCrops:
+    """Makes several views by itself, as many codes have it."""
+
+    def __call__(self, image):
+        return [image, image]
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (ClassicCrops(), r"trust=\[ClassicCrops\]`; if it moves pixels or makes several views, "
+         r"give the pipelines inside of it to MultiView\(\[\(pipeline, 2\), ...\]\), .*from_box"),
+        ([v2.CenterCrop(8)], r"^cannot track a list of transforms: wrap it in v2.Compose\("),
+        ((v2.CenterCrop(8),), "a tuple of transforms: wrap it in v2.Compose"),
+        (lambda image: image, r"name the function \(def brighten ...\), then `trust=\[brighten\]`"),
+    ],
+    ids=["several", "list", "tuple", "lambda"],
+)  # fmt: skip
+def test_what_is_not_known_has_a_way_out_that_works(transform, message):
+    with pytest.raises(ConfigError, match=message):
+        track(transform)
+
+
+def test_several_views_of_a_vouched_transform_are_named():
+    with pytest.raises(GeometryError, match=r"returned a list of 2, wanted one view: .*MultiView"):
+        track(ClassicCrops(), trust=[ClassicCrops])(photograph())
+
+
 def pixels(view):
     if isinstance(view, PIL.Image.Image):
         return torch.from_numpy(np.array(view))

@@ -19,7 +19,7 @@ from torchvision import transforms as v1
 from torchvision.transforms import InterpolationMode, v2
 
 from local_distill import ConfigError, GeometryError, ShapeError
-from local_distill.transforms import track
+from local_distill.transforms import MultiView, track
 from local_distill.transforms.upgrading import Upgraded, UpgradedViews, upgrade
 from local_distill.transforms.upgrading.photometric_probe import check_moves_nothing
 
@@ -577,6 +577,27 @@ def test_refuses_by_name_and_shows_a_way_out(transform, message, inside):
         message = "use local_distill.transforms.track"
     with pytest.raises(ConfigError, match=f"cannot upgrade .*{message}|{message}"):
         upgrade(pipeline)
+
+
+class ClassicCrops:
+    def __call__(self, image):
+        return [image, image]
+
+
+def test_several_views_are_named_and_their_pipelines_can_be_given_one_by_one():
+    with pytest.raises(ConfigError, match=r"MultiView\(\[\(upgrade\(pipeline\), 2\), ...\]\)"):
+        upgrade(ClassicCrops())
+    with pytest.raises(GeometryError, match=r"returned a list of 2, wanted one view: .*MultiView"):
+        upgrade(ClassicCrops(), trust=[ClassicCrops])(noise(33, 46, pil=True))
+    views, geometries = MultiView([(upgrade(v1.CenterCrop(8)), 2)])(noise(33, 46, pil=True))
+    assert len(views) == len(geometries) == 2
+
+
+def test_a_list_or_a_function_without_a_name_has_a_way_out():
+    with pytest.raises(ConfigError, match=r"a list of transforms: wrap it in transforms.Compose"):
+        upgrade([v1.CenterCrop(8)])
+    with pytest.raises(ConfigError, match=r"name the function \(def brighten"):
+        upgrade(lambda image: image)
 
 
 @pytest.mark.parametrize("interpolation", [InterpolationMode.NEAREST, 0])

@@ -11,6 +11,7 @@ from torchvision.transforms import v2
 
 from local_distill.errors import ConfigError, GeometryError
 from local_distill.transforms.geometry_kernels import check_interpolation
+from local_distill.transforms.refusals import vouch, ways_out
 from local_distill.transforms.tracking import track
 from local_distill.transforms.transform_classes import COLOUR
 from local_distill.transforms.upgrading.photometric_probe import check_moves_nothing
@@ -157,6 +158,10 @@ def _refusal(transform: Any) -> str:
     if isinstance(transform, type):
         name = transform.__name__
         return f"cannot upgrade the class {name}; pass an instance, {name}(…)"
+    if isinstance(transform, (list, tuple)):
+        return (
+            f"cannot upgrade a {kind.__name__} of transforms: wrap it in transforms.Compose([...])"
+        )
     # A function is named by itself, an object by its class.
     name = (
         kind.__name__
@@ -168,10 +173,11 @@ def _refusal(transform: Any) -> str:
             return f"cannot upgrade {name}: {reason}"
     if not callable(transform):
         return f"cannot upgrade {name}: it is no transform, as it can't be called"
-    vouch = f"if it moves no pixels, vouch for it with `trust=[{name}]`"
     if isinstance(transform, v1.Lambda):
-        vouch = "if it moves no pixels, vouch for it with `trust=[…]`, naming the Lambda object"
-        return f"cannot upgrade Lambda: what it does can't be seen; {vouch}"
+        return (
+            "cannot upgrade Lambda: what it does can't be seen; if it moves no pixels, vouch for "
+            "it with `trust=[…]`, naming the Lambda object"
+        )
     if view_pipelines(transform) is not None:
         return (
             f"cannot upgrade {name} inside a pipeline: it makes several views; pass it to upgrade "
@@ -184,6 +190,6 @@ def _refusal(transform: Any) -> str:
             if _altered(transform)
             else f"it is a subclass of {base.__name__} with code of its own"
         )
-        way_out = f"use {base.__name__} itself" if base in GEOMETRIC else vouch
+        way_out = f"use {base.__name__} itself" if base in GEOMETRIC else vouch(name)
         return f"cannot upgrade {name}: {what}, which may move pixels in any way; {way_out}"
-    return f"cannot upgrade {name}: it is not known whether it moves pixels; {vouch}"
+    return f"cannot upgrade {name}: {ways_out(name, 'upgrade(pipeline)')}"

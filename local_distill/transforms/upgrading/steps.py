@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional as F
 from local_distill.errors import GeometryError
 from local_distill.transforms.geometry_tensor import GeometryTensor, append_step
 from local_distill.transforms.images import image_size
+from local_distill.transforms.refusals import check_one_view
 
 __all__ = ["GEOMETRIC", "ImageOnly", "Moving", "quarter_turn"]
 
@@ -34,10 +35,11 @@ class ImageOnly:
         """Pass the geometry by.
 
         Raises:
-            GeometryError: the size changed.
+            GeometryError: the size changed, or there are several views.
         """
         geometry, image = sample
         view = self.transform(image)
+        check_one_view(view, "upgrade(pipeline)")
         before, after = image_size(image), image_size(view)
         if before != after:
             raise GeometryError(

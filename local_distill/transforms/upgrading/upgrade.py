@@ -10,9 +10,9 @@ from torch import Tensor
 
 from local_distill.errors import ConfigError
 from local_distill.structures import CropGeometry
+from local_distill.transforms.finished_views import finish_view
 from local_distill.transforms.geometry_tensor import GeometryTensor
 from local_distill.transforms.images import image_size
-from local_distill.transforms.tracking import finish_view
 from local_distill.transforms.upgrading.admission import admit, check_trust, only_v2
 from local_distill.transforms.upgrading.views import check_same_views, view_pipelines
 
