@@ -85,6 +85,10 @@ class TokenGrid(NamedTuple):
     def tiling(cls, rows: int, cols: int, view_size: tuple[int, int]) -> TokenGrid:
         """The grid whose cells tile a view of ``view_size`` (height, width) without a rest.
 
+        The cells are stretched until they do. A ViT whose patch does not divide the view leaves the
+        rest over and has another grid (patches of 14 px in a view of 48: 3 × 3 tokens, stride 14,
+        6 px left over): ask the backbone's ``token_grid(view_size)`` or `measure_token_grid` there.
+
         Raises:
             ShapeError: a view size that is no pair.
             ConfigError: rows, columns or a side below 1.
