@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from local_distill._check import Axes, check_two_numbers, values_visible
+from local_distill._check import Axes, values_visible
 from local_distill.errors import GeometryError, ShapeError
-from local_distill.geometry import check_geometry, check_geometry_shapes
+from local_distill.geometry import check_geometry, check_geometry_shapes, check_grid
 from local_distill.structures import CropGeometry, TokenGrid, Tokens, ViewOutput
 
 __all__ = ["check_token_parts", "check_tokens", "geometric_inputs", "view_geometry"]
@@ -111,18 +111,8 @@ def check_token_parts(name: str, tokens: object) -> Tokens:
             "build one with from_box, from_matrix or a tracking transform"
         )
     if grid is not None:
-        _check_grid(f"{name}.grid", grid)
+        check_grid(f"{name}.grid", grid)
     return tokens
-
-
-def _check_grid(name: str, grid: object) -> None:
-    if not isinstance(grid, TokenGrid):
-        raise ShapeError(
-            f"`{name}` must be a TokenGrid or None, got {type(grid).__name__}; where the cells "
-            "tile the view: TokenGrid.tiling(rows, cols, view_size)"
-        )
-    check_two_numbers(f"{name}.stride", grid.stride, "(x, y) in view pixels")
-    check_two_numbers(f"{name}.offset", grid.offset, "(x, y) in view pixels")
 
 
 def _way_to_tokens(value: object) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from local_distill._check import values_visible
+from local_distill._check import check_two_numbers, values_visible
 from local_distill._precision import widest
 from local_distill.errors import GeometryError, ShapeError
 from local_distill.structures import CropGeometry, TokenGrid
@@ -325,8 +325,22 @@ def check_geometry_shapes(name: str, geometry: CropGeometry, grid: TokenGrid | N
             f"the same leading axes, got {tuple(matrix.shape)}, {tuple(view_size.shape)} and "
             f"{tuple(source_size.shape)}"
         )
-    if grid is not None and (grid.rows < 0 or grid.cols < 0):
+    if grid is None:
+        return
+    check_grid("grid", grid)
+    if grid.rows < 0 or grid.cols < 0:
         raise ShapeError(f"`grid` must not have negative rows or columns, got {grid}")
+
+
+def check_grid(name: str, grid: object) -> None:
+    """Refuse what is no `TokenGrid` of numbers: a tuple (rows, cols), or one number for two."""
+    if not isinstance(grid, TokenGrid):
+        raise ShapeError(
+            f"`{name}` must be a TokenGrid or None, got {type(grid).__name__}; where the cells "
+            "tile the view: TokenGrid.tiling(rows, cols, view_size)"
+        )
+    check_two_numbers(f"{name}.stride", grid.stride, "(x, y) in view pixels")
+    check_two_numbers(f"{name}.offset", grid.offset, "(x, y) in view pixels")
 
 
 def _check_grid_fits(name: str, view_size: Tensor, grid: TokenGrid) -> None:

@@ -11,6 +11,7 @@ from local_distill._check import check_sequence, check_weight
 from local_distill.errors import ConfigError, ShapeError
 from local_distill.losses.global_distillation import GlobalDistillationLoss
 from local_distill.losses.local_distillation import LocalDistillationLoss
+from local_distill.matching._match_checks import check_matcher
 from local_distill.matching.match_views import cross_view_pairs, match_views
 from local_distill.structures import Matcher, Matches, Tokens, ViewOutput
 
@@ -89,7 +90,7 @@ class GlobalLocalDistillationLoss(nn.Module):
             )
         self.global_loss = global_loss
         self.local_loss = local_loss
-        self.matcher = matcher
+        self.matcher = check_matcher(matcher)
         self.global_weight = check_weight("global_weight", global_weight)
         self.local_weight = check_weight("local_weight", local_weight)
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from local_distill._check import Axes, check_floating, check_positive
 from local_distill._precision import at_least_float32, no_autocast
-from local_distill.errors import ConfigError
+from local_distill.errors import ConfigError, ShapeError
 from local_distill.losses._batch_statistics import all_reduce_sum_with_gradient
 from local_distill.losses._pairs import Pair, Processes, check_index
 from local_distill.losses._unit_rows import unit_directions
@@ -179,6 +179,11 @@ class PatchOrderLoss(nn.Module):
             y = at_least_float32(teacher.detach())
             mass = x.new_ones(x.shape[:2])
         else:
+            if not isinstance(matches, Matches):
+                raise ShapeError(
+                    "`matches` must be Matches of this pair of views, got "
+                    f"{type(matches).__name__}; of what match_views gives say matches[v, q]"
+                )
             axes.bind("matches.weight", matches.weight, "b s k")
             index = axes.bind("matches.teacher_index", matches.teacher_index, "b s k")
             check_index("matches.teacher_index", index, "teacher", axes["t"])

@@ -219,6 +219,10 @@ class TokenTap:
             handle.remove()
         self.clear()
 
+    def __repr__(self) -> str:
+        waiting = self._waiting.count
+        return f"TokenTap({', '.join(map(repr, self._names))}; {waiting} forwards wait)"
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy listens to nothing, as the copied model's hooks do nothing.
         nothing = {"_handles": [], "_seen": [], "_open": False, "enabled": False}

@@ -228,3 +228,11 @@ def test_compiles(backend):
         geometry = random_geometry(seed=seed)
         for a, b in zip(compiled(geometry), work(geometry), strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_a_grid_that_is_none_is_refused_by_name():
+    geometry = from_box([[0.0, 0, 8, 6]] * 2, (6, 8), (9, 11))
+    with pytest.raises(ShapeError, match="`grid` must be a TokenGrid or None, got tuple"):
+        token_centers(geometry, (3, 4))
+    with pytest.raises(ShapeError, match=r"`grid.stride` must be a pair .* got 2"):
+        token_centers(geometry, TokenGrid(3, 4, 2, 1))

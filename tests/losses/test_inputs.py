@@ -231,6 +231,10 @@ def test_shared_targets_and_bad_weights_are_refused():
         GlobalLocalDistillationLoss(
             GlobalDistillationLoss(targets), LocalDistillationLoss(targets), NearestMatcher()
         )
+    with pytest.raises(ConfigError, match=r"got the class NearestMatcher; make one"):
+        GlobalLocalDistillationLoss(
+            GlobalDistillationLoss(targets), LocalDistillationLoss(Centering(5)), NearestMatcher
+        )
     with pytest.raises(ConfigError, match="local_weight"):
         build(local_weight=-1.0)
 

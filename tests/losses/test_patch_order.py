@@ -262,3 +262,10 @@ def test_bad_settings_are_refused():
         PatchOrderLoss(network="bubble")
     with pytest.raises(ConfigError, match="network"):
         soft_sort(torch.randn(3), network="bubble")
+
+
+def test_a_dict_of_matches_is_refused_with_the_fix():
+    features = torch.randn(2, 6, 4)
+    matches = {(0, 1): Matches.identity(torch.ones(2, 6, dtype=torch.bool))}
+    with pytest.raises(ShapeError, match=r"got dict; .* say matches\[v, q\]"):
+        PatchOrderLoss()(features, features, features[0], matches)

@@ -373,3 +373,10 @@ def test_transformers(kind):
     got = tap.take([view])[0]
     assert (got.grid.rows, got.grid.cols) == (4, 6)
     torch.testing.assert_close(got.features, output[:, 1:])
+
+
+def test_a_tap_says_what_it_listens_to():
+    model = small_model()
+    tap = TokenTap(model.backbone, layers=["blocks.0"])
+    model(some_views())
+    assert repr(tap) == "TokenTap('norm', 'blocks.0'; 2 forwards wait)"
