@@ -49,8 +49,11 @@ def run(page: Path) -> None:
     sys.modules[module.__name__] = module
     for number, (block, says) in enumerate(blocks_and_prints(page), 1):
         printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(block, f"{page.name}, block {number}", "exec"), module.__dict__)
+        try:
+            with contextlib.redirect_stdout(printed):
+                exec(compile(block, f"{page.name}, block {number}", "exec"), module.__dict__)
+        finally:  # whoever runs a page by hand sees it too
+            print(printed.getvalue(), end="")
         if says is not None:
             assert is_like(printed.getvalue(), says), (
                 f"{page.name} says that block {number} prints\n{says}\nit prints\n"

@@ -10,7 +10,13 @@ from local_distill.errors import GeometryError, ShapeError
 from local_distill.geometry import check_geometry, check_geometry_shapes, check_grid
 from local_distill.structures import CropGeometry, TokenGrid, Tokens, ViewOutput
 
-__all__ = ["check_token_parts", "check_tokens", "geometric_inputs", "view_geometry"]
+__all__ = ["BATCH_IT", "check_token_parts", "check_tokens", "geometric_inputs", "view_geometry"]
+
+# What to do with the geometry of one image where those of a batch are wanted.
+BATCH_IT = (
+    "that of one image is batched by torch.utils.data.default_collate([geometry]), as a loader's "
+    "collate does it"
+)
 
 # Class and register tokens are no more than this; more tokens than the grid has are another fault.
 _MOST_PREFIX_TOKENS = 16
@@ -132,14 +138,9 @@ def _way_to_tokens(value: object) -> str:
 
 def _refuse_batch(name: str, geometry: CropGeometry) -> None:
     shape = tuple(geometry.matrix.shape)
-    how = "; the leading axes of a view must be its images alone"
-    if len(shape) == 2:
-        how = (
-            "; that of one image is batched by torch.utils.data.default_collate([geometry]), as a "
-            "loader's collate does it"
-        )
+    how = BATCH_IT if len(shape) == 2 else "the leading axes of a view must be its images alone"
     raise ShapeError(
-        f"`{name}.geometry.matrix` must have 3 axes `b 3 3`, got {len(shape)}: shape {shape}{how}"
+        f"`{name}.geometry.matrix` must have 3 axes `b 3 3`, got {len(shape)}: shape {shape}; {how}"
     )
 
 

@@ -279,6 +279,8 @@ def check_geometry(name: str, geometry: CropGeometry, grid: TokenGrid | None = N
         ShapeError: not a `CropGeometry`, or shapes that do not belong together.
         GeometryError: half precision, non-finite, singular, sizes below 1, tokens outside the view.
     """
+    if grid is not None:
+        check_grid("grid", grid)
     check_geometry_shapes(name, geometry, grid)
     matrix, view_size, source_size = geometry
     if not values_visible(matrix, view_size, source_size) or matrix.numel() == 0:
@@ -325,10 +327,7 @@ def check_geometry_shapes(name: str, geometry: CropGeometry, grid: TokenGrid | N
             f"the same leading axes, got {tuple(matrix.shape)}, {tuple(view_size.shape)} and "
             f"{tuple(source_size.shape)}"
         )
-    if grid is None:
-        return
-    check_grid("grid", grid)
-    if grid.rows < 0 or grid.cols < 0:
+    if grid is not None and (grid.rows < 0 or grid.cols < 0):
         raise ShapeError(f"`grid` must not have negative rows or columns, got {grid}")
 
 

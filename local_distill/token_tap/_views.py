@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from local_distill._check import check_at_least, values_visible
+from local_distill._geometric_inputs import BATCH_IT
 from local_distill.errors import ShapeError
 from local_distill.structures import CropGeometry, TokenGrid
 
@@ -126,12 +127,7 @@ def _images_of(place: int, view: CropGeometry | Tensor) -> int:
         shape, axes, wanted = view.shape, 4, "the shape (b, c, height, width)"
     if len(shape) == axes:
         return int(shape[0])
-    how = ""
-    if isinstance(view, CropGeometry) and len(shape) == 2:
-        how = (
-            "; that of one image is batched by torch.utils.data.default_collate([geometry]), as a "
-            "loader's collate does it"
-        )
+    how = f"; {BATCH_IT}" if isinstance(view, CropGeometry) and len(shape) == 2 else ""
     raise ShapeError(f"`views`: entry {place} must have {wanted}, got {tuple(shape)}{how}")
 
 

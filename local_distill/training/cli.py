@@ -107,8 +107,8 @@ def _check_method_name(arguments: Sequence[str]) -> None:
     from local_distill.training import methods
 
     known = [name for name in methods.__all__ if name not in ("Method", "Models", "StepTerms")]
-    for name in _values("--method", arguments):
-        if "." not in name and name not in (*known, "null") and not name.startswith(("-", "{")):
+    for name in _bare_names("--method", arguments):
+        if name not in known:
             close = difflib.get_close_matches(name.capitalize(), known, n=1)
             hint = f", did you mean {close[0]}?" if close else "."
             raise ConfigError(
@@ -124,22 +124,27 @@ def _check_matcher_name(arguments: Sequence[str]) -> None:
     if not any(argument.partition("=")[0] in ("--method", "--config") for argument in arguments):
         return  # the parser says that a method has to be named first
     known = [name for name in matching.__all__ if name.endswith("Matcher")]
-    for name in _values("--method.matcher", arguments):
-        if "." not in name and name != "null" and not name.startswith(("-", "{")):
-            lower = {other.removesuffix("Matcher").lower(): other for other in known}
-            close = difflib.get_close_matches(name.removesuffix("Matcher").lower(), lower, n=1)
-            hint = f", did you mean local_distill.{lower[close[0]]}?" if close else "."
-            raise ConfigError(
-                f"`--method.matcher`: {name!r} is no import path{hint} In local_distill there are "
-                f"{', '.join(known)}; one of your own is named by its import path too, as "
-                "my_package.MyMatcher"
-            )
+    for name in _bare_names("--method.matcher", arguments):
+        lower = {other.removesuffix("Matcher").lower(): other for other in known}
+        close = difflib.get_close_matches(name.removesuffix("Matcher").lower(), lower, n=1)
+        hint = f", did you mean local_distill.{lower[close[0]]}?" if close else "."
+        raise ConfigError(
+            f"`--method.matcher`: {name!r} is no import path{hint} In local_distill there are "
+            f"{', '.join(known)}; one of your own is named by its import path too, as "
+            "my_package.MyMatcher"
+        )
 
 
-def _values(option: str, arguments: Sequence[str]) -> list[str]:
+def _bare_names(option: str, arguments: Sequence[str]) -> list[str]:
+    """The option's values that are no import path, no settings in braces, and not null."""
     pairs = [argument.partition("=") for argument in arguments if argument.startswith(f"{option}=")]
     given = [value for _, _, value in pairs]
-    return given + [after for flag, after in pairwise(arguments) if flag == option]
+    given += [after for flag, after in pairwise(arguments) if flag == option]
+    return [
+        name
+        for name in given
+        if "." not in name and name != "null" and not name.startswith(("-", "{"))
+    ]
 
 
 def _instantiate(parser: Any, settings: Any) -> Any:
